@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Everything a CUDA machine is asked for, in one go and without a network: bench/gpu.sh OUT
+#
+# Builds fastkfo for the system's python, runs the GPU tests and the CPU suite, then, if both pass,
+# the benchmark command in BENCH; packs the records into OUT/records.tar.gz. The archive is renewed
+# after every step, so that a run cut short leaves what it had. Exits with the first failure's status.
+#
+#   PYTHON                python3
+#   TORCH_CUDA_ARCH_LIST  9.0a
+#   BENCH                 a command, for example "python3 bench/run.py --device cuda"
+#   LEARN2LEARN_SRC       an unpacked learn2learn 0.2.0 (default: .cache/learn2learn-0.2.0 if there)
+set -uo pipefail
+
+[ $# -eq 1 ] || { echo "usage: bench/gpu.sh OUT" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+python=${PYTHON:-python3}
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
+if [ -z "${LEARN2LEARN_SRC:-}" ] && [ -d .cache/learn2learn-0.2.0 ]; then
+  LEARN2LEARN_SRC=$PWD/.cache/learn2learn-0.2.0
+fi
+[ -z "${LEARN2LEARN_SRC:-}" ] || export LEARN2LEARN_SRC
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+records=$scratch/records
+mkdir "$records"
+touch "$scratch/start"
+status=0
+
+pack() {
+  if [ -d bench/results ]; then
+    find bench/results -type f -newer "$scratch/start" -exec cp --parents -t "$records" {} +
+  fi
+  tar -C "$scratch" -czf "$out/.records.partial" records &&
+    mv "$out/.records.partial" "$out/records.tar.gz"
+}
+
+# step NAME COMMAND...: runs it into NAME.log, keeps the first failure, packs.
+step() {
+  local name=$1 code
+  shift
+  echo "== $name: $*"
+  "$@" 2>&1 | tee "$records/$name.log"
+  code=${PIPESTATUS[0]}
+  echo "$name $code" >>"$records/status.txt"
+  [ "$status" -ne 0 ] || status=$code
+  pack
+  return "$code"
+}
+
+environment() {
+  date -u +%Y-%m-%dT%H:%M:%SZ
+  git rev-parse HEAD 2>/dev/null && git status --short
+  uname -srm
+  lscpu | grep -E '^(Model name|CPU\(s\)|Flags)' || true
+  nvidia-smi
+  nvcc --version
+  "$python" -c 'import sys, torch; print(sys.version); print(torch.__config__.show())'
+  "$python" -c 'import torch; print(torch.__version__, torch.version.cuda)'
+  "$python" -m pip list --format=freeze
+}
+
+# Without a GPU every test below would be skipped, and pass.
+cuda_is_there() {
+  "$python" -c 'import torch; print(torch.cuda.get_device_name())'
+}
+
+install() {
+  "$python" -m pip install --no-build-isolation --no-deps -e . &&
+    "$python" -c 'import fastkfo; print(fastkfo.backends())'
+}
+
+tests() {
+  local name=$1
+  shift
+  "$python" -m pytest --require-native --junitxml="$records/$name.xml" "$@"
+}
+
+# The benchmarks come last and only after green tests: no number without them.
+step environment environment || status=0 # a tool may be missing: not a failure
+if step cuda cuda_is_there; then
+  if step install install; then
+    step gpu tests gpu -m gpu
+    step cpu tests cpu -m "not gpu and not slow" --hypothesis-profile=quick -q
+    if [ "$status" -eq 0 ] && [ -n "${BENCH:-}" ]; then
+      step bench bash -c "$BENCH"
+    fi
+  fi
+fi
+
+echo "records: $out/records.tar.gz"
+exit "$status"

@@ -1,0 +1,165 @@
+// gram, gram_vjp, gram_jvp: the products that make factors positive semi-definite, for every
+// factor of a learner in one call. Closed under differentiation: each one's derivatives are calls
+// of the others (fastkfo/functional/gram.py).
+#include "cpu/gemm.h"
+#include "cpu/operand.h"
+#include "cpu/parallel.h"
+
+namespace fastkfo::cpu {
+namespace {
+
+// One matrix of a factor [..., rows, n]; the partner is the cotangent [..., n, n] or the tangent.
+template <class T>
+struct Factor {
+  const T *data, *partner;
+  T* out;
+  int64_t rows, n, partner_rows;
+};
+
+template <class S, class T>
+Matrix<S> load(const T* from, int64_t rows, int64_t cols, Scratch<S>& scratch) {
+  if constexpr (std::is_same_v<S, T>) {
+    return {from, cols, 1};
+  } else {
+    S* to = scratch.take(rows * cols);
+    for (int64_t k = 0; k < rows * cols; ++k) to[k] = static_cast<S>(from[k]);
+    return {to, cols, 1};
+  }
+}
+
+template <class S, class T>
+void store(const S* from, int64_t count, T* to) {
+  for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
+}
+
+template <class S, class T>
+void gram_one(const Factor<T>& f, Scratch<S>& scratch) {
+  const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
+  S* to = scratch.take(f.n * f.n);
+  gemm<S>(f.n, f.n, f.rows, l.t(), l, to, false, scratch);
+  store(to, f.n * f.n, f.out);
+}
+
+template <class S, class T>
+void gram_vjp_one(const Factor<T>& f, Scratch<S>& scratch) {
+  const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
+  const Matrix<S> v = load<S>(f.partner, f.n, f.n, scratch);
+  S* sum = scratch.take(f.n * f.n);
+  for (int64_t i = 0; i < f.n; ++i)
+    for (int64_t j = 0; j < f.n; ++j) sum[i * f.n + j] = v.data[i * f.n + j] + v.data[j * f.n + i];
+  S* to = scratch.take(f.rows * f.n);
+  gemm<S>(f.rows, f.n, f.n, l, {sum, f.n, 1}, to, false, scratch);
+  store(to, f.rows * f.n, f.out);
+}
+
+template <class S, class T>
+void gram_jvp_one(const Factor<T>& f, Scratch<S>& scratch) {
+  const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
+  const Matrix<S> d = load<S>(f.partner, f.rows, f.n, scratch);
+  S* half = scratch.take(f.n * f.n);
+  gemm<S>(f.n, f.n, f.rows, l.t(), d, half, false, scratch);
+  for (int64_t i = 0; i < f.n; ++i)
+    for (int64_t j = 0; j < f.n; ++j)
+      f.out[i * f.n + j] = static_cast<T>(half[i * f.n + j] + half[j * f.n + i]);
+}
+
+// square: the output is [..., n, n], otherwise [..., rows, n].
+template <class T, class F>
+Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool square,
+                        const F& body) {
+  using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  Tensors out, kept;  // kept: factors without gaps
+  std::vector<Factor<T>> all;
+  std::vector<int64_t> costs;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const auto sizes = factors[i].sizes();
+    const int64_t rank = static_cast<int64_t>(sizes.size());
+    STD_TORCH_CHECK(rank >= 2 && rank <= 8 && factors[i].is_cpu() &&
+                        factors[i].scalar_type() == factors[0].scalar_type(),
+                    "fastkfo: factors must be matrices of one dtype on the CPU");
+    const int64_t rows = sizes[rank - 2], n = sizes[rank - 1];
+    int64_t shape[8], count = 1;
+    for (int64_t k = 0; k < rank; ++k) shape[k] = sizes[k];
+    for (int64_t k = 0; k + 2 < rank; ++k) count *= sizes[k];
+    if (square) shape[rank - 2] = n;
+    const auto gapless = [&](const Tensor& x) {
+      return static_cast<const T*>(
+          kept.emplace_back(x.is_contiguous() ? x : torch::stable::contiguous(x)).data_ptr());
+    };
+    const T* data = gapless(factors[i]);
+    const T* partner = nullptr;
+    const int64_t partner_rows = square ? rows : n;
+    if (partners) {
+      STD_TORCH_CHECK((*partners)[i].numel() == count * partner_rows * n &&
+                          (*partners)[i].scalar_type() == factors[0].scalar_type(),
+                      "fastkfo: operand ", i, " does not match its factor");
+      partner = gapless((*partners)[i]);
+    }
+    T* to = static_cast<T*>(out.emplace_back(empty(factors[i], shape, rank)).data_ptr());
+    const int64_t out_rows = shape[rank - 2];
+    for (int64_t t = 0; t < count; ++t) {
+      all.push_back({data + t * rows * n, partner ? partner + t * partner_rows * n : nullptr,
+                     to + t * out_rows * n, rows, n, partner_rows});
+      costs.push_back(2 * rows * n * n + n * n);
+    }
+  }
+  const auto run = [&](int64_t k) {
+    auto& scratch = Scratch<S>::of_this_thread();
+    scratch.reset();
+    body(all[k], scratch);
+  };
+  // Large products bring BLAS's own threads; small ones are shared out.
+  std::vector<int64_t> small, small_costs;
+  const bool many = all.size() >= torch::stable::get_num_threads();
+  for (size_t k = 0; k < all.size(); ++k)
+    if (gemm_is_large(all[k].n, all[k].n, all[k].rows) && !many) {
+      run(static_cast<int64_t>(k));
+    } else {
+      small.push_back(static_cast<int64_t>(k));
+      small_costs.push_back(costs[k]);
+    }
+  parallel_units(small_costs, [&](int64_t k) { run(small[k]); });
+  return out;
+}
+
+template <class F>
+Tensors by_dtype(const Tensors& factors, const Tensors* partners, bool square, const F& body) {
+  if (factors.empty()) return {};
+  STD_TORCH_CHECK(!partners || partners->size() == factors.size(), "fastkfo: list lengths differ");
+  switch (factors[0].scalar_type()) {
+    case ScalarType::Float:
+      return for_each_factor<float>(factors, partners, square, body);
+    case ScalarType::Double:
+      return for_each_factor<double>(factors, partners, square, body);
+    case ScalarType::BFloat16:
+      return for_each_factor<torch::headeronly::BFloat16>(factors, partners, square, body);
+    case ScalarType::Half:
+      return for_each_factor<torch::headeronly::Half>(factors, partners, square, body);
+    default:
+      STD_TORCH_CHECK(false, "fastkfo: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace
+
+Tensors gram(Tensors factors) {
+  return by_dtype(factors, nullptr, true, [](auto& f, auto& scratch) { gram_one(f, scratch); });
+}
+
+Tensors gram_vjp(Tensors factors, Tensors cotangents) {
+  return by_dtype(factors, &cotangents, false,
+                  [](auto& f, auto& scratch) { gram_vjp_one(f, scratch); });
+}
+
+Tensors gram_jvp(Tensors factors, Tensors tangents) {
+  return by_dtype(factors, &tangents, true,
+                  [](auto& f, auto& scratch) { gram_jvp_one(f, scratch); });
+}
+
+}  // namespace fastkfo::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastkfo, CPU, m) {
+  m.impl("gram", TORCH_BOX(&fastkfo::cpu::gram));
+  m.impl("gram_vjp", TORCH_BOX(&fastkfo::cpu::gram_vjp));
+  m.impl("gram_jvp", TORCH_BOX(&fastkfo::cpu::gram_jvp));
+}

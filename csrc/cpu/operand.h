@@ -1,0 +1,93 @@
+// Tensors as the kernels see them: a typed pointer with one stride per canonical axis.
+#pragma once
+
+#include <array>
+#include <string>
+
+#include "common.h"
+
+namespace fastkfo::cpu {
+
+template <size_t RANK>
+using Strides = std::array<int64_t, RANK>;
+
+// Strides of `tensor` seen as `shape`, whose first axis is the task axis. Accepted are: that very
+// shape with any strides, 1 for any axis that is shared; a trailing part of it (shared over the
+// rest); or any shape without gaps that has as many elements, or as many as one task.
+template <size_t RANK>
+Strides<RANK> strides_as(const Tensor& tensor, const Strides<RANK>& shape, const char* name,
+                         int64_t item) {
+  Strides<RANK> strides{};
+  const auto sizes = tensor.sizes();
+  const auto given = tensor.strides();
+  const size_t rank = sizes.size();
+  bool fits = rank <= RANK;
+  for (size_t k = 0; fits && k < rank; ++k) {
+    const size_t axis = RANK - rank + k;
+    fits = sizes[k] == shape[axis] || sizes[k] == 1;
+    strides[axis] = sizes[k] == 1 ? 0 : given[k];
+  }
+  if (fits) return strides;
+
+  int64_t one_task = 1;
+  for (size_t k = RANK; k-- > 1;) {
+    strides[k] = one_task;
+    one_task *= shape[k];
+  }
+  const int64_t numel = tensor.numel();
+  STD_TORCH_CHECK(tensor.is_contiguous() && (numel == one_task || numel == one_task * shape[0]),
+                  "fastkfo: operand ", name, " of item ", item, " has ", numel,
+                  " elements, expected ", one_task * shape[0], " or ", one_task,
+                  " without gaps");
+  strides[0] = numel == one_task * shape[0] ? one_task : 0;
+  return strides;
+}
+
+// An operand of one item, or nothing.
+template <class T, size_t RANK>
+struct Operand {
+  const T* data = nullptr;
+  Strides<RANK> stride{};
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <class T, size_t RANK>
+Operand<T, RANK> operand(const Tensor& tensor, const Strides<RANK>& shape, const char* name,
+                         int64_t item) {
+  static const T nothing{};  // so that an empty tensor is still a present operand
+  const T* data = static_cast<const T*>(tensor.data_ptr());
+  return {data ? data : &nothing, strides_as(tensor, shape, name, item)};
+}
+
+template <class T, size_t RANK>
+Operand<T, RANK> operand(const MaybeTensors& tensors, int64_t item, const Strides<RANK>& shape,
+                         const char* name) {
+  if (tensors.empty() || !tensors[item].has_value()) return {};
+  return operand<T>(*tensors[item], shape, name, item);
+}
+
+// An uninitialised tensor with the dtype and device of `like`.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank) {
+  int64_t strides[8];
+  int64_t step = 1;
+  for (int64_t k = rank; k-- > 0;) {
+    strides[k] = step;
+    step *= sizes[k];
+  }
+  int32_t dtype = 0, device = 0, index = 0;
+  aoti_torch_get_dtype(like.get(), &dtype);
+  aoti_torch_get_device_type(like.get(), &device);
+  aoti_torch_get_device_index(like.get(), &index);
+  AtenTensorHandle handle = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(rank, sizes, strides, dtype, device, index, &handle) ==
+                      0,
+                  "fastkfo: could not allocate an output");
+  return Tensor(handle);
+}
+
+inline Tensor empty_shaped_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  return empty(like, sizes.data(), static_cast<int64_t>(sizes.size()));
+}
+
+}  // namespace fastkfo::cpu

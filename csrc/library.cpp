@@ -1,0 +1,29 @@
+// Every op's schema. The public, differentiable functions are in fastkfo/functional;
+// these raw ops know nothing of autograd. An item is one parameter of a learner:
+//   dims    four numbers per item, T B n m
+//   alpha   one factor per item
+//   wanted  one bit mask per item: 1 grad, 2 left, 4 right, 8 bias, 16 scale, 32 cotangent
+// A list of optional operands may be empty, which means "absent for every item".
+#include "common.h"
+
+STABLE_TORCH_LIBRARY(fastkfo, m) {
+  // out = param + alpha * scale o (left @ grad @ right + bias)
+  m.def(
+      "kron_forward(Tensor[] grads, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
+      "Tensor?[] scale, Tensor?[] params, int[] dims, float[] alpha) -> Tensor[]");
+  // the vector-Jacobian product of kron_forward, item by item, in the order of the bits
+  m.def(
+      "kron_backward(Tensor[] cotangents, Tensor[] grads, Tensor?[] left, Tensor?[] right, "
+      "Tensor?[] bias, Tensor?[] scale, int[] dims, float[] alpha, int[] wanted) -> Tensor[]");
+  // the vector-Jacobian product of kron_backward; d_x is the cotangent of what it returned for x
+  m.def(
+      "kron_double_backward(Tensor[] cotangents, Tensor[] grads, Tensor?[] left, "
+      "Tensor?[] right, Tensor?[] bias, Tensor?[] scale, Tensor?[] d_grads, Tensor?[] d_left, "
+      "Tensor?[] d_right, Tensor?[] d_bias, Tensor?[] d_scale, int[] dims, float[] alpha, "
+      "int[] wanted) -> Tensor[]");
+
+  // L^T L;  L (V + V^T), its vector-Jacobian product;  L^T M + M^T L, its derivative along M
+  m.def("gram(Tensor[] factors) -> Tensor[]");
+  m.def("gram_vjp(Tensor[] factors, Tensor[] cotangents) -> Tensor[]");
+  m.def("gram_jvp(Tensor[] factors, Tensor[] tangents) -> Tensor[]");
+}

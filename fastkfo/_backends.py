@@ -1,0 +1,55 @@
+"""What is compiled in and loaded, in words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastkfo.kernels import native, selector
+
+
+class Backend(NamedTuple):
+    """One implementation on one kind of device; `why` says why it is not available."""
+
+    implementation: str
+    device: str
+    available: bool
+    why: str | None
+
+
+class Backends(tuple[Backend, ...]):
+    """Every implementation on every kind of device; printing it explains."""
+
+    def __repr__(self) -> str:
+        loaded = native.status()
+        lines = [
+            f"native library: {loaded.source or 'none'}" + f" ({loaded.path or loaded.error})",
+            f"threads: {torch.get_num_threads()}",
+        ]
+        for backend in self:
+            state = "available" if backend.available else f"not available: {backend.why}"
+            lines.append(f"{backend.implementation} on {backend.device}: {state}")
+        for device in dict.fromkeys(backend.device for backend in self):
+            try:
+                chosen = selector.select("auto", torch.device(device))
+            except (ValueError, RuntimeError) as error:
+                chosen = str(error)
+            lines.append(f"auto on {device}: {chosen}")
+        return "\n".join(lines)
+
+
+def backends() -> Backends:
+    """Load the native library if that was not tried yet, and report every implementation.
+
+    Returns:
+        A tuple of `Backend(implementation, device, available, why)`, whose `repr` is an
+        explanation for people.
+    """
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return Backends(
+        Backend(name, device, why is None, why)
+        for name in selector.IMPLEMENTATIONS[1:]
+        for device in devices
+        for why in (selector.unavailable(name, device),)
+    )

@@ -1,0 +1,34 @@
+"""The typer app: its subcommands, and ``--version``."""
+
+from __future__ import annotations
+
+import typer
+
+from fastkfo._version import __version__
+from fastkfo.cli.demo import demo
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="fastkfo",
+    help="Learned Kronecker-factored meta-optimizers on fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastkfo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _callback(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Learned Kronecker-factored meta-optimizers on fused kernels."""

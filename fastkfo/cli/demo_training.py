@@ -1,0 +1,236 @@
+"""The demo's three phases: training, testing on unseen digits, timing; any can be cut short."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+import torch
+
+from fastkfo.cli.demo_methods import Run, Settings
+from fastkfo.tasks import DigitTasks, Episodes
+
+__all__ = ["Interrupts", "TaskSets", "measure", "test", "train"]
+
+VALIDATIONS = 20
+Notify = Callable[[float, str], None]
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a flag; the second ends the process at once.
+
+    Attributes:
+        signal: The signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        """Installs the handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Puts the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should end with: 0, 130 after Ctrl-C, 143 after SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h\n")  # the progress bar hides the cursor
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+
+
+class TaskSets:
+    """The three task distributions, and the fixed validation and test tasks.
+
+    Args:
+        settings: The demo's options.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        shape = (settings.ways, settings.shots, settings.queries)
+        self.train = DigitTasks("train", *shape, seed=settings.seed)
+        self.valid = DigitTasks("valid", *shape, seed=settings.seed).sample(settings.valid_tasks)
+        self.test = DigitTasks("test", *shape, seed=settings.seed).sample(settings.test_tasks)
+
+
+def train(
+    runs: list[Run],
+    tasks: TaskSets,
+    settings: Settings,
+    interrupts: Interrupts,
+    notify: Notify,
+) -> None:
+    """Trains all runs in turn, on the same tasks in the same iterations, until time is up.
+
+    What testing and timing will need is set aside, by what the first validation and iterations
+    took. A run whose meta-gradient is not finite keeps its parameters and stops there.
+
+    Args:
+        runs: What to train; ``losses``, ``curve`` and ``failure`` are filled in.
+        tasks: Where tasks come from.
+        settings: The demo's options.
+        interrupts: Ends the training when a signal has come.
+        notify: Called with the share of the time that is over, and what to show.
+    """
+    start = time.perf_counter()
+    budget = 60 * settings.minutes
+    if not _validate(runs, 0, tasks.valid, settings.steps, interrupts):
+        return
+    validation = time.perf_counter() - start
+    testing = 2 * validation * settings.test_tasks / settings.valid_tasks
+    iteration, slowest = 0, 0.0
+    next_validation = budget / VALIDATIONS
+    notify(0.0, _summary(runs, 0))
+    while interrupts.signal is None and any(run.failure is None for run in runs):
+        before = time.perf_counter()
+        # The plain loop may take twice as long as ours, hence 3; a quarter always goes to training.
+        reserve = min(testing + 3 * settings.rounds * slowest, 0.75 * budget)
+        share = (before - start) / (budget - reserve)
+        if share >= 1 and iteration > 0:
+            break
+        batch = tasks.train.sample(settings.meta_batch)
+        iteration += 1
+        for run in runs:
+            if run.failure is None:
+                _meta_step(run, batch, iteration)
+        now = time.perf_counter()
+        slowest = now - before if iteration < 3 else min(slowest, now - before)
+        notify(share, f"{iteration / (now - start):.1f} it/s")
+        if now - start >= next_validation and interrupts.signal is None:
+            if not _validate(runs, iteration, tasks.valid, settings.steps, interrupts):
+                break
+            next_validation = time.perf_counter() - start + budget / VALIDATIONS
+            notify(share, _summary(runs, iteration))
+    if interrupts.signal is None and runs[0].curve[-1][0] != iteration:
+        _validate(runs, iteration, tasks.valid, settings.steps, interrupts)
+        notify(1.0, _summary(runs, iteration))
+
+
+def test(
+    runs: list[Run], tasks: Episodes, steps: int, interrupts: Interrupts, notify: Notify
+) -> None:
+    """Measures accuracy on test tasks before and after each of ``steps`` inner steps.
+
+    Args:
+        runs: What to test; ``test`` and ``not_finite`` are filled in, for as many tasks as were
+            done when a signal came.
+        tasks: The test tasks.
+        steps: Inner steps; more than in training shows what comes after.
+        interrupts: Ends the testing when a signal has come.
+        notify: Called with the share of tasks that is done, and what to show.
+    """
+    accuracies = _evaluate(runs, tasks, steps, interrupts, notify)
+    for run, (values, not_finite) in zip(runs, accuracies, strict=True):
+        run.test = values if len(values) else None
+        run.not_finite = not_finite
+
+
+def measure(
+    runs: list[Run], tasks: TaskSets, settings: Settings, interrupts: Interrupts, notify: Notify
+) -> None:
+    """Times both implementations in interleaved rounds, and compares their meta-gradients.
+
+    Args:
+        runs: What to time; ``reference_seconds``, ``fastkfo_seconds`` and ``differences`` are
+            filled in. Parameters stay as they are.
+        tasks: Where tasks come from; each round draws new ones.
+        settings: The demo's options.
+        interrupts: Ends the timing when a signal has come.
+        notify: Called with the share of rounds that is done, and what to show.
+    """
+    for index in range(-1, settings.rounds):  # round -1 warms up
+        batch = tasks.train.sample(settings.meta_batch)
+        for run in runs:
+            if interrupts.signal is not None:
+                return
+            times = {}
+            for ours in (True, False) if index % 2 else (False, True):
+                start = time.perf_counter()
+                if ours:
+                    run.meta_gradient(batch)
+                else:
+                    reference = run.reference_gradient(batch)
+                times[ours] = time.perf_counter() - start
+            if index >= 0:
+                run.reference_seconds.append(times[False])
+                run.fastkfo_seconds.append(times[True])
+                run.differences.append(run.difference(reference))
+        notify((index + 1) / settings.rounds, "")
+
+
+def _meta_step(run: Run, batch: Episodes, iteration: int) -> None:
+    loss = run.meta_gradient(batch)
+    gradients = [p.grad for p in run.learner.parameters() if p.grad is not None]
+    if not math.isfinite(loss):
+        run.failure = f"iteration {iteration}: the query loss was {loss}"
+    elif not all(bool(g.isfinite().all()) for g in gradients):
+        run.failure = f"iteration {iteration}: the meta-gradient was not finite"
+    else:
+        run.optimizer.step()
+        run.losses.append(loss)
+
+
+def _validate(
+    runs: list[Run], iteration: int, tasks: Episodes, steps: int, interrupts: Interrupts
+) -> bool:
+    """Adds a point to every curve, unless a signal cuts it short; tells whether it did."""
+    results = _evaluate(runs, tasks, steps, interrupts)
+    if len(results[0][0]) < len(tasks.x_s):
+        return False
+    for run, (values, _) in zip(runs, results, strict=True):
+        if run.failure is None or len(run.curve) == 0:
+            run.curve.append((iteration, values))
+    return True
+
+
+def _evaluate(
+    runs: list[Run],
+    tasks: Episodes,
+    steps: int,
+    interrupts: Interrupts,
+    notify: Notify | None = None,
+) -> list[tuple[torch.Tensor, int]]:
+    """Evaluates all runs task by task; returns accuracies [done, steps + 1] and failures each."""
+    values: list[list[list[float]]] = [[] for _ in runs]
+    not_finite = [0] * len(runs)
+    for index, task in enumerate(zip(*tasks, strict=True)):
+        if interrupts.signal is not None:
+            break
+        for i, run in enumerate(runs):
+            accuracies, finite = run.accuracies(*task, steps)
+            values[i].append(accuracies)
+            not_finite[i] += not finite
+        if notify is not None:
+            notify((index + 1) / len(tasks.x_s), "")
+    return [(torch.tensor(v), n) for v, n in zip(values, not_finite, strict=True)]
+
+
+def _summary(runs: list[Run], iteration: int) -> str:
+    scores = (
+        f"{run.name} {100 * run.curve[-1][1][:, -1].mean().item():.1f} %"
+        + (" (stopped)" if run.failure else "")
+        for run in runs
+    )
+    return f"iteration {iteration}: {', '.join(scores)}"

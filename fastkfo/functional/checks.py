@@ -1,0 +1,69 @@
+"""Checks at the public edge: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def floating_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless `x` is a tensor of a supported floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name}: expected one of {expected}, got {x.dtype}")
+
+
+def finite(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor or a finite number. A tensor's value is not looked at."""
+    if isinstance(value, Tensor):
+        return floating_tensor(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two operands of one item share dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} as {other_name}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
+
+
+def operand_list(name: str, value: object, count: int) -> list[Any]:
+    """A list of `count` operands; None stands for a list of None."""
+    if value is None:
+        return [None] * count
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{name}: expected {count} entries, one per gradient, got {len(value)}")
+    return list(value)
+
+
+def by_dtype_and_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors, grouped by dtype and device."""
+    first = tensors[0]
+    if all(x.dtype is first.dtype and x.device == first.device for x in tensors):
+        return [list(range(len(tensors)))]
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(tensors):
+        groups.setdefault((x.dtype, x.device), []).append(i)
+    return list(groups.values())
+
+
+def scatter(groups: list[list[int]], run: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+    """Run group by group and put the results back in order."""
+    out: dict[int, Tensor] = {}
+    for ids in groups:
+        out.update(zip(ids, run(ids), strict=True))
+    return [out[i] for i in range(len(out))]

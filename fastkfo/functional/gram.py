@@ -1,0 +1,151 @@
+"""The products that make factors positive semi-definite, for all factors of a learner at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastkfo import reference
+from fastkfo.functional import checks
+from fastkfo.functional.function import apply, batched_first, with_eager_form
+from fastkfo.kernels import selector
+
+
+def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Tensor]:
+    """`LᵀL` of every factor in one call; differentiable to any order.
+
+    Args:
+        factors: L of any shapes `[..., r, n]`; float32, float64, bfloat16 or float16 (the latter
+            two are accumulated in float32), any strides.
+        implementation: "auto", "native" or "reference".
+
+    Returns:
+        One tensor `[..., n, n]` per factor.
+
+    Raises:
+        TypeError: a factor is not a floating-point tensor.
+        ValueError: a factor has fewer than two axes, or `implementation` is unknown.
+        ImplementationUnavailable: the implementation named is not available.
+    """
+    for i, factor in enumerate(factors):
+        checks.floating_tensor(f"factors[{i}]", factor)
+        if factor.dim() < 2:
+            raise ValueError(
+                f"factors[{i}]: expected a shape [..., r, n], got {list(factor.shape)}"
+            )
+    return gram_unchecked(list(factors), implementation)
+
+
+def gram_unchecked(factors: list[Tensor], implementation: str = "auto") -> list[Tensor]:
+    """`gram` for factors known to be right."""
+    if not factors:
+        return []
+    groups = checks.by_dtype_and_device(factors)
+    if len(groups) > 1:
+        return checks.scatter(
+            groups, lambda ids: gram_unchecked([factors[i] for i in ids], implementation)
+        )
+    if selector.select(implementation, factors[0].device) == "reference":
+        return [reference.gram.gram(factor) for factor in factors]
+    return list(apply(Gram, *factors))
+
+
+def _vmap(function: Any, info: Any, in_dims: tuple[int | None, ...], args: Sequence[Tensor]) -> Any:
+    moved = [batched_first(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
+    out = function.apply(*moved)
+    return out, (0,) * len(out)
+
+
+def _filled(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        x.new_zeros((*x.shape[:-2], x.shape[-1], x.shape[-1])) if c is None else c
+        for c, x in zip(cotangents, like, strict=True)
+    ]
+
+
+class _Bilinear(Function):
+    """A function of the factors followed by as many partners, without gaps in its derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+
+@with_eager_form
+class Gram(_Bilinear):
+    """`LᵀL`."""
+
+    @staticmethod
+    def forward(*factors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.fastkfo.gram.default(factors))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        factors = ctx.saved_tensors
+        live = [
+            i for i, c in enumerate(cotangents) if c is not None and ctx.needs_input_grad[i]
+        ]
+        grads: list[Tensor | None] = [None] * len(factors)
+        if live:
+            out = apply(GramVjp, *(factors[i] for i in live), *(cotangents[i] for i in live))
+            for i, grad in zip(live, out, strict=True):
+                grads[i] = grad
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *factors: Tensor) -> Any:
+        return _vmap(Gram, info, in_dims, factors)
+
+
+@with_eager_form
+class GramVjp(_Bilinear):
+    """`L (V + Vᵀ)`."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+        half = len(args) // 2
+        return tuple(torch.ops.fastkfo.gram_vjp.default(args[:half], args[half:]))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        half = len(ctx.saved_tensors) // 2
+        factors, partners = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        d = [
+            torch.zeros_like(x) if c is None else c
+            for c, x in zip(cotangents, factors, strict=True)
+        ]
+        to_factors = apply(GramVjp, *d, *partners) if any(ctx.needs_input_grad[:half]) else None
+        to_partners = apply(GramJvp, *factors, *d) if any(ctx.needs_input_grad[half:]) else None
+        return (*(to_factors or [None] * half), *(to_partners or [None] * half))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
+        return _vmap(GramVjp, info, in_dims, args)
+
+
+@with_eager_form
+class GramJvp(_Bilinear):
+    """`LᵀM + MᵀL`."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+        half = len(args) // 2
+        return tuple(torch.ops.fastkfo.gram_jvp.default(args[:half], args[half:]))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        half = len(ctx.saved_tensors) // 2
+        factors, tangents = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        d = _filled(cotangents, factors)
+        to_factors = apply(GramVjp, *tangents, *d) if any(ctx.needs_input_grad[:half]) else None
+        to_tangents = apply(GramVjp, *factors, *d) if any(ctx.needs_input_grad[half:]) else None
+        return (*(to_factors or [None] * half), *(to_tangents or [None] * half))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
+        return _vmap(GramJvp, info, in_dims, args)

@@ -1,0 +1,348 @@
+"""The Kronecker update of all parameters of a learner in one call.
+
+One shape convention: a gradient is `[T?, B?, n, m]`, T tasks and a batch of B (a convolution's
+output channels); factors are `[T?, n, n]` and `[T?, m, m]`. Source: Arnold, Iqbal, Sha, "When MAML
+Can Adapt Fast and How to Assist When It Cannot", AISTATS 2021; docs/kron.md has the derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkfo import reference
+from fastkfo.functional import checks
+from fastkfo.functional.gram import gram_unchecked
+from fastkfo.functional.kron_autograd import (
+    BIAS,
+    GRAD,
+    LEFT,
+    PARAM,
+    RIGHT,
+    SCALE,
+    Group,
+    KronForward,
+    call,
+    canonical,
+)
+from fastkfo.kernels import selector
+
+Operands = Sequence["Tensor | None"] | None
+
+
+def kron_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    left: Operands = None,
+    right: Operands = None,
+    bias: Operands = None,
+    scale: Operands = None,
+    *,
+    lr: float | Tensor | Sequence[float | Tensor],
+    psd: bool = False,
+    implementation: str = "auto",
+) -> list[Tensor]:
+    """Update every parameter: `θ' = θ − lr · S ∘ (A G C + β)`.
+
+    A is `left`, or `leftᵀ left` with `psd`; C is `right`, or `rightᵀ right`. An operand that is
+    None is absent: the identity for a factor, zero for β, one for S. One call for all items, which
+    may have unlike shapes; differentiable to any order in every tensor (first and second
+    derivatives are fused kernels), under `torch.func`'s `grad`, `vmap` and their compositions too.
+    Under autocast, operands of lower precision are promoted to float32.
+
+    Args:
+        params: θ, each of its gradient's shape (or of one task's: shared by all tasks).
+        grads: G, `[T?, B?, n, m]`, or `[n]` for n × 1; any shape where there are no factors.
+        left: L, `[T?, n, n]` (`[T?, r, n]` with `psd`), per item or None.
+        right: R, `[T?, m, m]` (`[T?, r, m]` with `psd`), per item or None.
+        bias: β, `[T?, n, m]`, per item or None.
+        scale: S, broadcastable to the gradient, per item or None.
+        lr: the learning rate: a finite number, a tensor broadcastable to each gradient, or a list
+            with one of these per item. Gradients flow to tensors.
+        psd: whether factors enter as `LᵀL` and `RᵀR`.
+        implementation: "auto", "native", "triton" or "reference".
+
+    Returns:
+        The updated parameters, in the shape and dtype of the update; the arguments are unchanged.
+        An item has a task axis where one of its factors or its bias has one.
+
+    Raises:
+        TypeError: an operand is no floating-point tensor, or an item mixes dtypes.
+        ValueError: lengths, shapes or devices do not match; `lr` is not finite.
+        ImplementationUnavailable: the implementation named is not available.
+    """
+    grads = checks.operand_list("grads", grads, len(grads) if _is_list(grads) else -1)
+    params = checks.operand_list("params", params, len(grads))
+    if any(param is None for param in params):
+        raise TypeError("params: expected a tensor for every gradient, got None")
+    rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(grads)
+    if len(rates) != len(grads):
+        raise ValueError(f"lr: expected one or {len(grads)} learning rates, got {len(rates)}")
+    for i, rate in enumerate(rates):
+        checks.finite(f"lr[{i}]" if isinstance(lr, (list, tuple)) else "lr", rate)
+    return _run(params, grads, left, right, bias, scale, rates, psd, implementation)
+
+
+def kron_transform(
+    grads: Sequence[Tensor],
+    left: Operands = None,
+    right: Operands = None,
+    bias: Operands = None,
+    scale: Operands = None,
+    *,
+    psd: bool = False,
+    implementation: str = "auto",
+) -> list[Tensor]:
+    """Transform every gradient: `U = S ∘ (A G C + β)`.
+
+    As `kron_update`, without the update.
+
+    Args:
+        grads: G, `[T?, B?, n, m]`, or `[n]` for n × 1; any shape where there are no factors.
+        left: L, `[T?, n, n]` (`[T?, r, n]` with `psd`), per item or None.
+        right: R, `[T?, m, m]` (`[T?, r, m]` with `psd`), per item or None.
+        bias: β, `[T?, n, m]`, per item or None.
+        scale: S, broadcastable to the gradient, per item or None.
+        psd: whether factors enter as `LᵀL` and `RᵀR`.
+        implementation: "auto", "native", "triton" or "reference".
+
+    Returns:
+        The transformed gradients.
+
+    Raises:
+        TypeError: an operand is no floating-point tensor, or an item mixes dtypes.
+        ValueError: lengths, shapes or devices do not match.
+        ImplementationUnavailable: the implementation named is not available.
+    """
+    grads = checks.operand_list("grads", grads, len(grads) if _is_list(grads) else -1)
+    return _run(None, grads, left, right, bias, scale, None, psd, implementation)
+
+
+def _is_list(x: object) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, Tensor)
+
+
+class _Item(NamedTuple):
+    """One checked item in canonical shapes, and the shape its result goes back to."""
+
+    dims: tuple[int, int, int, int]
+    alpha: float
+    operands: dict[int, Tensor | None]
+    shape: tuple[int, ...]
+
+
+def _run(
+    params: list[Any] | None,
+    grads: list[Any],
+    left: Operands,
+    right: Operands,
+    bias: Operands,
+    scale: Operands,
+    rates: list[Any] | None,
+    psd: bool,
+    implementation: str,
+) -> list[Tensor]:
+    count = len(grads)
+    if not isinstance(psd, bool):
+        raise TypeError(f"psd: expected a bool, got {type(psd).__name__}")
+    if implementation not in selector.IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {selector.IMPLEMENTATIONS}, got {implementation!r}"
+        )
+    groups = {
+        GRAD: grads,
+        PARAM: params or [None] * count,
+        LEFT: checks.operand_list("left", left, count),
+        RIGHT: checks.operand_list("right", right, count),
+        BIAS: checks.operand_list("bias", bias, count),
+        SCALE: checks.operand_list("scale", scale, count),
+    }
+    items = [
+        _check_item(i, {bit: g[i] for bit, g in groups.items()}, rates[i] if rates else None, psd)
+        for i in range(count)
+    ]
+    if psd:
+        slots = [
+            (item.operands, bit)
+            for item in items
+            for bit in (LEFT, RIGHT)
+            if item.operands[bit] is not None
+        ]
+        squares = gram_unchecked([operands[bit] for operands, bit in slots], implementation)  # type: ignore[misc]
+        for (operands, bit), square in zip(slots, squares, strict=True):
+            operands[bit] = square
+    columns = {bit: [item.operands[bit] for item in items] for bit in groups}
+    out = kron_unchecked(
+        tuple(d for item in items for d in item.dims),
+        tuple(item.alpha for item in items),
+        columns,
+        implementation,
+    )
+    return [u.reshape(item.shape) for u, item in zip(out, items, strict=True)]
+
+
+_NAMES = {PARAM: "params", LEFT: "left", RIGHT: "right", BIAS: "bias", SCALE: "scale"}
+
+
+def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
+    name = f"grads[{i}]"
+    checks.floating_tensor(name, x[GRAD])
+    for bit, operand_name in _NAMES.items():
+        if x[bit] is not None:
+            checks.floating_tensor(f"{operand_name}[{i}]", x[bit])
+    if isinstance(rate, Tensor):
+        x[SCALE] = rate if x[SCALE] is None else rate * x[SCALE]
+        alpha = -1.0
+    else:
+        alpha = 1.0 if rate is None else -float(rate)
+    if torch.is_autocast_enabled(x[GRAD].device.type):
+        x = _promoted(x)
+    for bit, operand_name in _NAMES.items():
+        if x[bit] is not None:
+            checks.same_dtype_and_device(f"{operand_name}[{i}]", x[bit], name, x[GRAD])
+
+    grad = x[GRAD]
+    tasks = _tasks(i, x)
+    logical = tuple(grad.shape)
+    if tasks is not None and grad.dim() < 3:
+        logical = (tasks, *logical)
+    if tasks is not None and grad.dim() >= 3 and logical[0] not in (1, tasks):
+        raise ValueError(f"{name}: expected {tasks} tasks on the first axis, got {list(logical)}")
+    if tasks is not None and logical[0] == 1:
+        logical = (tasks, *logical[1:])
+    factors = any(x[bit] is not None for bit in (LEFT, RIGHT, BIAS))
+    matrix = logical if tasks is None else logical[1:]
+    if not factors:
+        n, m, batch = 1, math.prod(logical), 1
+    elif len(matrix) == 1:
+        n, m, batch = matrix[0], 1, 1
+    elif len(matrix) >= 2:
+        n, m, batch = matrix[-2], matrix[-1], math.prod(matrix[:-2])
+    else:
+        raise ValueError(f"{name}: expected [T?, B?, n, m] beside factors, got a scalar")
+    dims = (tasks or 1, batch, n, m)
+    for bit, size in ((LEFT, n), (RIGHT, m)):
+        _check_factor(f"{_NAMES[bit]}[{i}]", x[bit], size, psd)
+    if x[BIAS] is not None and tuple(x[BIAS].shape[-2:]) != (n, m):
+        raise ValueError(f"bias[{i}]: expected [T?, {n}, {m}], got {list(x[BIAS].shape)}")
+    operands = {
+        **x,
+        GRAD: grad.expand(logical).reshape(dims),
+        PARAM: _broadcast(f"params[{i}]", x[PARAM], logical, dims),
+        SCALE: x[SCALE]
+        if x[SCALE] is None or x[SCALE].numel() == 1
+        else _broadcast(f"scale[{i}]", x[SCALE], logical, dims),
+    }
+    return _Item(dims, alpha, operands, logical)
+
+
+def _promoted(x: dict[int, Any]) -> dict[int, Any]:
+    low = (torch.bfloat16, torch.float16)
+    return {bit: t.float() if t is not None and t.dtype in low else t for bit, t in x.items()}
+
+
+def _tasks(i: int, x: dict[int, Any]) -> int | None:
+    """T, where a factor or the bias of the item has a task axis."""
+    tasks = None
+    for bit in (LEFT, RIGHT, BIAS):
+        operand = x[bit]
+        if operand is None:
+            continue
+        if operand.dim() not in (2, 3):
+            raise ValueError(
+                f"{_NAMES[bit]}[{i}]: expected two axes, or three with tasks first, "
+                f"got {list(operand.shape)}"
+            )
+        if operand.dim() == 3:
+            if tasks not in (None, operand.shape[0]):
+                raise ValueError(
+                    f"{_NAMES[bit]}[{i}]: expected {tasks} tasks as in the other operands, "
+                    f"got {list(operand.shape)}"
+                )
+            tasks = operand.shape[0]
+    return tasks
+
+
+def _check_factor(name: str, factor: Tensor | None, size: int, psd: bool) -> None:
+    if factor is None:
+        return
+    rows, cols = factor.shape[-2:]
+    if cols != size or (rows != size and not psd):
+        expected = f"[T?, {'r' if psd else size}, {size}]"
+        raise ValueError(f"{name}: expected {expected}, got {list(factor.shape)}")
+
+
+def _broadcast(
+    name: str, x: Tensor | None, shape: tuple[int, ...], dims: tuple[int, ...]
+) -> Tensor | None:
+    if x is None:
+        return None
+    try:
+        return x.expand(shape).reshape(dims)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(x.shape)}"
+        ) from None
+
+
+def kron_unchecked(
+    dims: tuple[int, ...],
+    alpha: tuple[float, ...],
+    groups: dict[int, Group],
+    implementation: str = "auto",
+) -> list[Tensor]:
+    """`θ + α S ∘ (A G C + β)` for operands known to be right.
+
+    Args:
+        dims: T, B, n, m of every item.
+        alpha: α of every item.
+        groups: by bit (PARAM, GRAD, LEFT, RIGHT, BIAS, SCALE), one operand or None per item, in
+            canonical shape or any other with as many elements; A and C as they are multiplied.
+        implementation: as for `kron_update`.
+
+    Returns:
+        One tensor per item, in the shape of its gradient.
+    """
+    grads = groups[GRAD]
+    if not grads:
+        return []
+    ids = checks.by_dtype_and_device(grads)  # type: ignore[arg-type]
+    if len(ids) > 1:
+        return checks.scatter(
+            ids,
+            lambda part: kron_unchecked(
+                tuple(d for i in part for d in dims[4 * i : 4 * i + 4]),
+                tuple(alpha[i] for i in part),
+                {bit: [g[i] for i in part] for bit, g in groups.items() if g},
+                implementation,
+            ),
+        )
+    if selector.select(implementation, grads[0].device) == "reference":  # type: ignore[union-attr]
+        return [
+            _reference(dims[4 * i : 4 * i + 4], alpha[i], {b: g[i] for b, g in groups.items() if g})
+            for i in range(len(grads))
+        ]
+    return list(call(KronForward, dims, alpha, (), groups))
+
+
+def _reference(dims: Sequence[int], alpha: float, x: dict[int, Tensor | None]) -> Tensor:
+    """One item by the formula, in float32 for dtypes of lower precision."""
+    grad = x[GRAD]
+    assert grad is not None
+    low = grad.dtype in (torch.bfloat16, torch.float16)
+    c = {
+        bit: None if t is None else canonical(t.float() if low else t, bit, dims)
+        for bit, t in x.items()
+    }
+    u = reference.kron.kron_transform(
+        reference.kron.Operands(*(c.get(bit) for bit in (GRAD, LEFT, RIGHT, BIAS, SCALE)))
+    )
+    if alpha != 1.0:
+        u = alpha * u
+    if c.get(PARAM) is not None:
+        u = c[PARAM] + u
+    return u.reshape(grad.shape).to(grad.dtype)

@@ -1,0 +1,71 @@
+"""Shapes and dtypes of what the native ops return, for tracing without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GRAD, LEFT, RIGHT, BIAS, SCALE, COTANGENT = 1, 2, 4, 8, 16, 32
+
+_registered = False
+
+
+def register() -> None:
+    """Register the fakes; once, after the library is loaded."""
+    global _registered
+    if not _registered:
+        _registered = True
+        for name in ("kron_forward", "kron_backward", "kron_double_backward"):
+            torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
+        for name in ("gram", "gram_vjp", "gram_jvp"):
+            torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+def _kron_forward(grads, left, right, bias, scale, params, dims, alpha):  # type: ignore[no-untyped-def]
+    return [_empty(grad) for grad in grads]
+
+
+def _wanted(
+    wanted: Sequence[int], groups: Sequence[tuple[int, Sequence[Tensor | None]]]
+) -> list[Tensor]:
+    return [
+        _empty(group[i])  # type: ignore[arg-type]
+        for i, bits in enumerate(wanted)
+        for bit, group in groups
+        if bits & bit
+    ]
+
+
+def _kron_backward(cotangents, grads, left, right, bias, scale, dims, alpha, wanted):  # type: ignore[no-untyped-def]
+    groups = ((GRAD, grads), (LEFT, left), (RIGHT, right), (BIAS, bias), (SCALE, scale))
+    return _wanted(wanted, groups)
+
+
+def _kron_double_backward(  # type: ignore[no-untyped-def]
+    cotangents, grads, left, right, bias, scale,
+    d_grads, d_left, d_right, d_bias, d_scale, dims, alpha, wanted,
+):  # fmt: skip
+    groups = ((GRAD, grads), (LEFT, left), (RIGHT, right), (BIAS, bias), (SCALE, scale))
+    return _wanted(wanted, (*groups, (COTANGENT, cotangents)))
+
+
+def _square(factor: Tensor) -> Tensor:
+    return factor.new_empty((*factor.shape[:-2], factor.shape[-1], factor.shape[-1]))
+
+
+def _gram(factors):  # type: ignore[no-untyped-def]
+    return [_square(factor) for factor in factors]
+
+
+def _gram_vjp(factors, cotangents):  # type: ignore[no-untyped-def]
+    return [_empty(factor) for factor in factors]
+
+
+def _gram_jvp(factors, tangents):  # type: ignore[no-untyped-def]
+    return [_square(factor) for factor in factors]

@@ -1,0 +1,70 @@
+"""The one place that chooses an implementation for an op on a device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastkfo.kernels import native
+
+IMPLEMENTATIONS = ("auto", "native", "triton", "reference")
+
+
+class ImplementationUnavailable(RuntimeError):
+    """An implementation was asked for by name and is not there."""
+
+
+_chosen: dict[tuple[str, str], str] = {}
+
+
+def select(implementation: str, device: torch.device) -> str:
+    """The implementation to run: "native" or "reference".
+
+    "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
+    otherwise takes the fastest that is there. A name never degrades to another.
+
+    Raises:
+        ValueError: `implementation` is none of `IMPLEMENTATIONS`.
+        ImplementationUnavailable: what was named is not available for `device`.
+    """
+    key = (implementation, device.type)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _select(implementation, device.type)
+    return chosen
+
+
+def reset() -> None:
+    """Forget earlier choices, so that the environment is read again."""
+    _chosen.clear()
+
+
+def _select(implementation: str, device: str) -> str:
+    name = "implementation"
+    if implementation == "auto":
+        implementation = os.environ.get("FASTKFO_IMPLEMENTATION") or "auto"
+        name = "FASTKFO_IMPLEMENTATION"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+    why = unavailable("native", device)
+    if implementation == "auto":
+        return "reference" if why else "native"
+    if implementation != "native":
+        why = unavailable(implementation, device)
+    if why:
+        raise ImplementationUnavailable(f"{name}={implementation!r} on {device}: {why}")
+    return implementation
+
+
+def unavailable(implementation: str, device: str) -> str | None:
+    """Why an implementation cannot run on a kind of device, or None if it can."""
+    if implementation == "reference":
+        return None
+    if implementation == "triton":
+        return "no op has a Triton kernel yet"
+    if device != "cpu":
+        return f"the native library has kernels for the CPU only, not yet for {device}"
+    if not native.available():
+        return f"the native library could not be loaded ({native.status().error})"
+    return None
