@@ -1,0 +1,44 @@
+"""fastkfo: learn2learn's meta-learning interface on fused kernels.
+
+`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms` and `utils`.
+"""
+
+from fastkfo import algorithms, functional, nn, optim, utils
+from fastkfo._backends import backends
+from fastkfo._version import __version__
+from fastkfo.kernels.selector import ImplementationUnavailable
+from fastkfo.utils import (
+    accuracy,
+    clone_distribution,
+    clone_module,
+    clone_named_parameters,
+    clone_parameters,
+    detach_distribution,
+    detach_module,
+    flatten_config,
+    magic_box,
+    update_module,
+    warn_once,
+)
+
+__all__ = [
+    "ImplementationUnavailable",
+    "__version__",
+    "accuracy",
+    "algorithms",
+    "backends",
+    "clone_distribution",
+    "clone_module",
+    "clone_named_parameters",
+    "clone_parameters",
+    "detach_distribution",
+    "detach_module",
+    "flatten_config",
+    "functional",
+    "magic_box",
+    "nn",
+    "optim",
+    "update_module",
+    "utils",
+    "warn_once",
+]

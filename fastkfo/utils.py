@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -537,4 +537,4 @@ class _SingleWarning:
         self.warned_messages.append(message)
 
 
-warn_once: Callable[..., None] = _SingleWarning()
+warn_once = _SingleWarning()

@@ -41,7 +41,7 @@ def _package_folder() -> Path:
         "or set FASTKFO_NO_ORACLE=1 to skip the tests that need it."
     )
     if os.environ.get("FASTKFO_NO_ORACLE") == "1":
-        pytest.skip(message)
+        pytest.skip(message, allow_module_level=True)
     raise FileNotFoundError(message)
 
 

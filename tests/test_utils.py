@@ -523,6 +523,17 @@ def test_replace_parameters(model):
     assert_all_equal([clone(x)], [reference(x)])
 
 
+@pytest.mark.parametrize("module", [utils, l2l.utils], ids=["ours", "learn2learn"])
+def test_updates_refresh_flat_weights(module):
+    clone = utils.clone_module(Recurrent())
+    module.update_module(clone, [torch.ones_like(p) for p in clone.parameters()])
+    rnn = clone.rnn
+    assert all(
+        w is rnn._parameters[n]
+        for w, n in zip(rnn._flat_weights, rnn._flat_weights_names, strict=True)
+    )
+
+
 def test_replace_parameters_swaps_once():
     shared = nn.Linear(2, 2, bias=False)
     model = nn.ModuleList([shared, other := nn.Linear(2, 2, bias=False), shared])

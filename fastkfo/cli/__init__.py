@@ -14,6 +14,7 @@ def main() -> None:
 
     Raises:
         SystemExit: With the command's exit code; 1 and a message if the extra is not installed.
+        ModuleNotFoundError: If something else is missing.
     """
     try:
         from fastkfo.cli.app import app

@@ -16,7 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
+# The docstring's first two paragraphs: Raises is for readers of the code.
+app.command(help=(demo.__doc__ or "").partition("Raises:")[0])(demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,9 +15,9 @@ from fastkfo.optim import KroneckerTransform
 from fastkfo.reference.loop import MetaGradient, factors_of, meta_gradient
 from fastkfo.tasks import Episodes
 
-__all__ = ["METHODS", "Run", "Settings", "build_runs"]
+__all__ = ["FEATURES", "METHODS", "Run", "Settings", "build_runs"]
 
-METHODS = ("MAML", "MAML + linear layers", "MAML-KFO")
+METHODS = ("MAML", "MAML + linear", "MAML-KFO")
 CHANNELS = 16
 FEATURES = 64
 
@@ -37,7 +37,7 @@ class Settings:
     inner_lr: float = 0.3
     meta_lr: float = 0.001
     extra_layers: int = 3
-    test_tasks: int = 300
+    test_tasks: int = 250
     valid_tasks: int = 50
     rounds: int = 15
 

@@ -100,13 +100,13 @@ def train(
         return
     validation = time.perf_counter() - start
     testing = 2 * validation * settings.test_tasks / settings.valid_tasks
-    iteration, slowest = 0, 0.0
+    iteration, fastest = 0, 0.0
     next_validation = budget / VALIDATIONS
     notify(0.0, _summary(runs, 0))
     while interrupts.signal is None and any(run.failure is None for run in runs):
         before = time.perf_counter()
         # The plain loop may take twice as long as ours, hence 3; a quarter always goes to training.
-        reserve = min(testing + 3 * settings.rounds * slowest, 0.75 * budget)
+        reserve = min(testing + 3 * settings.rounds * fastest, 0.75 * budget)
         share = (before - start) / (budget - reserve)
         if share >= 1 and iteration > 0:
             break
@@ -116,7 +116,7 @@ def train(
             if run.failure is None:
                 _meta_step(run, batch, iteration)
         now = time.perf_counter()
-        slowest = now - before if iteration < 3 else min(slowest, now - before)
+        fastest = now - before if iteration == 1 else min(fastest, now - before)
         notify(share, f"{iteration / (now - start):.1f} it/s")
         if now - start >= next_validation and interrupts.signal is None:
             if not _validate(runs, iteration, tasks.valid, settings.steps, interrupts):

@@ -16,7 +16,7 @@ convolution weight [out, n = in, m = kh * kw]. Without φ, U(G) = G, which is MA
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -106,18 +106,17 @@ def adapt(
     Returns:
         The adapted parameters θ_K by name, differentiable in the model's and in the factors.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theta = _trainable(model)
     phi = dict(factors or {})
     updates: dict[str, torch.Tensor] = {}
     for step in range(steps):
         support = loss(functional_call(model, theta, (x,)), y)
-        g = dict(zip(names, grad(support, list(theta.values()), create_graph=not first_order),
-                     strict=True))
+        gradients = grad(support, list(theta.values()), create_graph=not first_order)
+        g = dict(zip(theta, gradients, strict=True))
         if adapt_transform and step > 0:
             phi = {name: _adapt_factors(f, updates[name], g[name], lr) for name, f in phi.items()}
-        updates = {n: kronecker(g[n], phi[n], psd) if n in phi else g[n] for n in names}
-        theta = {n: theta[n] - lr * updates[n] for n in names}
+        updates = {n: kronecker(g[n], phi[n], psd) if n in phi else g[n] for n in theta}
+        theta = {n: theta[n] - lr * updates[n] for n in theta}
     return theta
 
 
@@ -164,17 +163,27 @@ def meta_gradient(
             f"{len(x_s)}, {len(y_s)}, {len(x_q)}, {len(y_q)}"
         )
     factors = dict(factors or {})
-    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theta = _trainable(model)
     inputs = [*theta.values(), *_flat(factors.values())]
     total = [torch.zeros_like(tensor) for tensor in inputs]
     losses = []
     for task in range(len(x_s)):
         adapted = adapt(
-            model, x_s[task], y_s[task], loss=loss, steps=steps, lr=lr, factors=factors, psd=psd,
-            first_order=first_order, adapt_transform=adapt_transform,
+            model,
+            x_s[task],
+            y_s[task],
+            loss=loss,
+            steps=steps,
+            lr=lr,
+            factors=factors,
+            psd=psd,
+            first_order=first_order,
+            adapt_transform=adapt_transform,
         )
         query = loss(functional_call(model, adapted, (x_q[task],)), y_q[task])
-        for sum_, g in zip(total, grad(query / len(x_s), inputs, materialize_grads=True), strict=True):
+        for sum_, g in zip(
+            total, grad(query / len(x_s), inputs, materialize_grads=True), strict=True
+        ):
             sum_.add_(g)
         losses.append(query.detach())
     gradients = iter(total)
@@ -185,7 +194,7 @@ def meta_gradient(
     )
 
 
-def factors_of(learner: nn.Module) -> dict[str, Factors]:
+def factors_of(learner: Any) -> dict[str, Factors]:
     """Reads the factors out of a GBML with a Kronecker transform.
 
     Args:
@@ -198,13 +207,12 @@ def factors_of(learner: nn.Module) -> dict[str, Factors]:
         TypeError: If a transform has no ``left`` and ``right``.
     """
     update = learner.compute_update
+    names = [name for name, _ in learner.module.named_parameters()]
     factors = {}
-    for (name, _), index in zip(
-        learner.module.named_parameters(), update.transforms_indices, strict=True
-    ):
+    for name, index in zip(names, update.transforms_indices, strict=True):
         if index is None:
             continue
-        transform = getattr(update.transforms_modules[index], "transform", None)
+        transform: Any = getattr(update.transforms_modules[index], "transform", None)
         if not (hasattr(transform, "left") and hasattr(transform, "right")):
             raise TypeError(
                 f"learner: expected a Kronecker transform for {name!r}, got "
@@ -220,7 +228,7 @@ def _adapt_factors(
     """Takes φ + α² (∂U/∂φ)ᵀ g; U's graph reaches φ through the last update alone."""
     inputs = _flat([factors])
     deltas = grad(update, inputs, grad_outputs=gradient, create_graph=True)
-    return _like(factors, (f + lr**2 * d for f, d in zip(inputs, deltas, strict=True)))
+    return _like(factors, iter([f + lr**2 * d for f, d in zip(inputs, deltas, strict=True)]))
 
 
 def _flat(factors: Iterable[Factors]) -> list[torch.Tensor]:
@@ -228,4 +236,9 @@ def _flat(factors: Iterable[Factors]) -> list[torch.Tensor]:
 
 
 def _like(factors: Factors, tensors: Iterator[torch.Tensor]) -> Factors:
-    return Factors(*(None if f is None else next(tensors) for f in factors))
+    left, right = next(tensors), next(tensors)
+    return Factors(left, right, None if factors.bias is None else next(tensors))
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

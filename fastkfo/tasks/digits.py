@@ -129,9 +129,7 @@ class DigitTasks:
             [torch.rot90(images, r, (1, 2)) for r in range(self.rotations)]
         ).to(dtype)
         # [D, M]: the images of each digit, ragged rows padded with -1
-        self._members = torch.nn.utils.rnn.pad_sequence(
-            members, batch_first=True, padding_value=-1
-        )
+        self._members = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
 
     def sample(self, tasks: int) -> Episodes:
         """Draws the next ``tasks`` tasks.

@@ -1,0 +1,146 @@
+"""MAML: an initialisation from which a few gradient steps learn a task."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastkfo.algorithms.base_learner import BaseLearner, check_module
+from fastkfo.functional.checks import finite
+from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.fused import updated_parameters
+from fastkfo.utils import clone_module, replace_parameters
+
+
+def maml_update(
+    model: nn.Module, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None
+) -> nn.Module:
+    """Take one differentiable gradient step on every parameter: `p ← p − lr · g`.
+
+    Args:
+        model: the module to update, in place; its old parameters are not written to.
+        lr: the learning rate.
+        grads: one gradient or None per parameter; by default the parameters' `.grad`.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: `lr` is no number or tensor, or dtypes do not match.
+        ValueError: `lr` is not finite, there are too few or too many gradients, one has the wrong
+            shape, or there is none at all.
+    """
+    finite("lr", lr)
+    params = list(model.parameters())
+    grads = own_gradients(params) if grads is None else list(grads)
+    if len(grads) != len(params):
+        raise ValueError(f"grads: expected {len(params)}, one per parameter, got {len(grads)}")
+    replace_parameters(model, updated_parameters(None, params, grads, lr))
+    return model
+
+
+def own_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The parameters' `.grad`; ValueError if there is none."""
+    with warnings.catch_warnings():  # asking a non-leaf tensor for .grad warns
+        warnings.simplefilter("ignore")
+        grads = [p.grad for p in params]
+    if params and all(g is None for g in grads):
+        raise ValueError("grads: expected a list, or parameters with a .grad, got None and none")
+    return grads
+
+
+class MAML(BaseLearner):
+    """Learns the initial parameters of a model by differentiating through adaptation.
+
+    Args:
+        model: the model; its parameters are those of the learner.
+        lr: the learning rate of `adapt`.
+        first_order: whether gradients are treated as constants of the meta-gradient.
+        allow_unused: whether parameters that a loss does not use are left as they are; by default
+            as `allow_nograd`.
+        allow_nograd: whether parameters that require no gradient are left as they are.
+
+    Raises:
+        TypeError: `model` is no module or is compiled, or `lr` is no number or tensor.
+        ValueError: `lr` is not finite.
+
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
+    Networks", ICML 2017. The interface is learn2learn's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        check_module("model", model)
+        finite("lr", lr)
+        super().__init__(model)
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """Take one gradient step on a loss. An option left None is the learner's.
+
+        Args:
+            loss: a scalar computed with this learner.
+            first_order: whether the gradients are treated as constants.
+            allow_unused: whether parameters that the loss does not use are left as they are.
+            allow_nograd: whether parameters that require no gradient are left as they are.
+
+        Raises:
+            TypeError: `loss` is no tensor.
+            ValueError: `loss` is not a scalar or has no graph. The learner is as it was.
+            RuntimeError: autograd's own, with the option that would help.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        params = list(self.module.parameters())
+        grads = gradients(
+            loss,
+            params,
+            create_graph=second_order,
+            retain_graph=second_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+        replace_parameters(self.module, updated_parameters(None, params, grads, self.lr))
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> MAML:
+        """A learner for one task, whose parameters lead back to this one's.
+
+        Args:
+            first_order: the clone's option; None takes this learner's.
+            allow_unused: likewise.
+            allow_nograd: likewise.
+
+        Returns:
+            The clone.
+
+        Raises:
+            TypeError: the model has been compiled.
+        """
+        return MAML(
+            clone_module(self.module),
+            lr=self.lr,
+            first_order=self.first_order if first_order is None else first_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+        )

@@ -1,0 +1,120 @@
+"""Meta-SGD: MAML with a learned learning rate for every number of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastkfo.algorithms.base_learner import BaseLearner, check_module
+from fastkfo.algorithms.maml import own_gradients
+from fastkfo.functional.checks import finite
+from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.fused import updated_parameters
+from fastkfo.utils import clone_module, clone_parameters, replace_parameters
+
+
+def meta_sgd_update(
+    model: nn.Module,
+    lrs: Sequence[Tensor] | None = None,
+    grads: Sequence[Tensor | None] | None = None,
+) -> nn.Module:
+    """Take one differentiable step with a learning rate per element: `p ← p − lr ∘ g`.
+
+    Args:
+        model: the module to update, in place; its old parameters are not written to. Tied
+            parameters stay tied.
+        lrs: one tensor of its parameter's shape, or a scalar, per parameter; by default the
+            parameters' `._lr`.
+        grads: one gradient or None per parameter; by default the parameters' `.grad`.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: dtypes do not match.
+        ValueError: lengths or shapes do not match, or a default is asked for that is not there.
+    """
+    params = list(model.parameters())
+    grads = own_gradients(params) if grads is None else list(grads)
+    lrs = [getattr(p, "_lr", None) for p in params] if lrs is None else list(lrs)  # type: ignore[misc]
+    for name, values in (("lrs", lrs), ("grads", grads)):
+        if len(values) != len(params):
+            raise ValueError(f"{name}: expected {len(params)}, one per parameter, got {len(values)}")
+    for i, (lr, grad) in enumerate(zip(lrs, grads, strict=True)):
+        if lr is None and grad is not None:
+            raise ValueError(f"lrs: expected a tensor for parameter {i}, got None")
+    replace_parameters(model, updated_parameters(None, params, grads, lrs))
+    return model
+
+
+class MetaSGD(BaseLearner):
+    """Learns the initial parameters of a model and a learning rate for each of their elements.
+
+    Args:
+        model: the model; its parameters are those of the learner.
+        lr: the initial learning rates.
+        first_order: whether gradients are treated as constants of the meta-gradient.
+        lrs: the learning rates, one tensor per parameter; by default made from `lr`.
+
+    Raises:
+        TypeError: `model` is no module or is compiled, or `lr` no number.
+        ValueError: `lr` is not finite, or there is not one of `lrs` per parameter.
+
+    Source: Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017.
+    The interface is learn2learn's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        first_order: bool = False,
+        lrs: nn.ParameterList | list[Tensor] | None = None,
+    ) -> None:
+        check_module("model", model)
+        finite("lr", lr)
+        super().__init__(model)
+        params = list(model.parameters())
+        if lrs is None:
+            lrs = nn.ParameterList([nn.Parameter(torch.ones_like(p) * lr) for p in params])
+        if len(lrs) != len(params):
+            raise ValueError(f"lrs: expected {len(params)}, one per parameter, got {len(lrs)}")
+        self.lrs = lrs
+        self.first_order = first_order
+
+    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
+        """Take one step on a loss.
+
+        Args:
+            loss: a scalar computed with this learner.
+            first_order: whether the gradients are treated as constants; None takes the learner's.
+
+        Raises:
+            TypeError: `loss` is no tensor.
+            ValueError: `loss` is not a scalar or has no graph. The learner is as it was.
+            RuntimeError: autograd's own.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        params = list(self.module.parameters())
+        grads = gradients(
+            loss,
+            params,
+            create_graph=second_order,
+            retain_graph=second_order,
+            allow_unused=False,
+            allow_nograd=False,
+        )
+        lrs = list(self.lrs)
+        replace_parameters(self.module, updated_parameters(None, params, grads, lrs))
+
+    def clone(self) -> MetaSGD:
+        """A learner for one task, whose parameters and rates lead back to this one's.
+
+        Raises:
+            TypeError: the model has been compiled.
+        """
+        return MetaSGD(
+            clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order
+        )

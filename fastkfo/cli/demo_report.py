@@ -1,0 +1,270 @@
+"""What the demo prints and stores: one table, its footnotes, and a JSON record."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+import fastkfo
+from fastkfo._version import __version__
+from fastkfo.cli.demo_methods import FEATURES, Run, Settings
+
+__all__ = ["footnotes", "interval", "record", "table", "write_json"]
+
+NOTHING = "-"
+
+
+def interval(values: torch.Tensor) -> tuple[float, float]:
+    """Summarises accuracies of independent tasks.
+
+    Args:
+        values: One per task, ``[T]``.
+
+    Returns:
+        Mean, and half the width of the 95 % interval (normal approximation; NaN for one task).
+    """
+    values = values.double()
+    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), half
+
+
+def table(runs: list[Run], settings: Settings) -> Table:
+    """Builds the one table.
+
+    Args:
+        runs: All methods, finished or not.
+        settings: The demo's options.
+
+    Returns:
+        A row for each method.
+    """
+    title = f"{settings.ways}-way {settings.shots}-shot on digits never seen in training"
+    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    result.padding, result.pad_edge = (0, 1, 0, 0), False  # fits 80 columns
+    result.add_column("", no_wrap=True)
+    for header in (
+        "meta-\niter.",
+        "accuracy (%)\nbefore",
+        f"accuracy (%)\nafter {settings.steps} steps",
+        "plain\nms/iter.",
+        "fastkfo\nms/iter.",
+        "\nratio",
+        "gradients\ndiffer by",
+    ):
+        result.add_column(header, justify="right", no_wrap=True)
+    for run in runs:
+        accuracies = _accuracies(run)
+        mark = "" if run.test is not None else "†"
+        times, ratio, difference = [NOTHING, NOTHING], NOTHING, NOTHING
+        if run.differences:
+            seconds = (run.reference_seconds, run.fastkfo_seconds)
+            times = [f"{1000 * statistics.median(s):.1f}" for s in seconds]
+            ratio = f"{_ratio(run):.2f}x"
+            difference = f"{_largest(run.differences):.1e}"
+        result.add_row(
+            run.name + ("‡" if run.failure or run.not_finite else ""),
+            str(len(run.losses)),
+            NOTHING if accuracies is None else _percent(accuracies[:, 0]) + mark,
+            NOTHING if accuracies is None else _percent(accuracies[:, settings.steps]) + mark,
+            *times,
+            ratio,
+            difference,
+        )
+    return result
+
+
+def footnotes(runs: list[Run], settings: Settings, signal_name: str | None) -> list[str]:
+    """Says what the table's numbers are, and are not.
+
+    Args:
+        runs: All methods, finished or not.
+        settings: The demo's options.
+        signal_name: The signal that cut the run short, or None.
+
+    Returns:
+        One paragraph each.
+    """
+    tested = 0 if runs[0].test is None else len(runs[0].test)
+    accuracies = _accuracies(runs[0])
+    count = 0 if accuracies is None else len(accuracies)
+    rounds = min(len(run.differences) for run in runs)
+    splits = (
+        "Training: digits 0-4 of scikit-learn's 8x8 images, each at four rotations by 90 degrees "
+        "as classes of their own. Test: digits 5-9, upright; with so few digits the tasks differ "
+        "in their images and label order, not in their digits, so the interval says nothing about "
+        "other digits or other seeds."
+    )
+    notes = [
+        f"Accuracy: mean and 95 % interval over {count} {'test' if tested else 'validation'} "
+        f"tasks of one training run (seed {settings.seed}). {splits}"
+        if count
+        else f"Nothing had been measured yet. {splits}",
+        f"MAML + linear: {settings.extra_layers} linear layers of {FEATURES} units, with no "
+        "non-linearity, before the head; it can express no more than MAML's model. MAML-KFO: the "
+        "same model as MAML, its gradients transformed by learned Kronecker factors (psd).",
+        "All methods: the same seed, tasks, iterations, inner and meta learning rate"
+        + (
+            "; the rates were chosen on the reverse split (training on 5-9, tasks of 0-4), from "
+            "the same grid for all."
+            if (settings.inner_lr, settings.meta_lr) == (Settings.inner_lr, Settings.meta_lr)
+            else "."
+        ),
+    ]
+    if rounds:
+        notes.append(
+            f"Time: one meta-gradient of {settings.meta_batch} tasks with {settings.steps} inner "
+            f"steps, without the optimizer's step; median of {rounds} interleaved rounds on "
+            f"{torch.get_num_threads()} threads. Ratio: median of the rounds' plain/fastkfo. "
+            "Gradients: float32, the largest |fastkfo - plain| / |plain| (2-norms) of all "
+            "parameters, transform factors and rounds."
+        )
+    if count and tested < settings.test_tasks and signal_name:
+        notes.append(
+            f"† The test had not started when {signal_name} came: the last validation instead."
+            if not tested
+            else f"The test was cut short by {signal_name}: {tested} of {settings.test_tasks} "
+            "tasks."
+        )
+    for run in runs:
+        if run.failure:
+            notes.append(f"‡ {run.name} stopped training at {run.failure}.")
+        if run.not_finite:
+            notes.append(f"‡ {run.name}: predictions not finite in {run.not_finite} test tasks.")
+    return notes
+
+
+def record(runs: list[Run], settings: Settings, signal_name: str | None) -> dict[str, Any]:
+    """Collects everything that was measured.
+
+    Args:
+        runs: All methods, finished or not.
+        settings: The demo's options.
+        signal_name: The signal that cut the run short, or None.
+
+    Returns:
+        Settings, versions, machine and raw numbers, ready for JSON.
+    """
+    methods = {}
+    for run in runs:
+        test = None
+        if run.test is not None:
+            before, after = (interval(run.test[:, i]) for i in (0, settings.steps))
+            test = {
+                "tasks": len(run.test),
+                "accuracy_before": {"mean": before[0], "half_width_95": before[1]},
+                "accuracy_after": {"mean": after[0], "half_width_95": after[1]},
+                "tasks_not_finite": run.not_finite,
+                "accuracies_by_task_and_step": _rounded(run.test),
+            }
+        timing = None
+        if run.differences:
+            timing = {
+                "unit": "seconds per meta-gradient",
+                "reference_median": statistics.median(run.reference_seconds),
+                "fastkfo_median": statistics.median(run.fastkfo_seconds),
+                "ratio_median": _ratio(run),
+                "reference": run.reference_seconds,
+                "fastkfo": run.fastkfo_seconds,
+            }
+        methods[run.name] = {
+            "parameters": sum(p.numel() for p in run.learner.module.parameters()),
+            "parameters_with_transform": sum(p.numel() for p in run.learner.parameters()),
+            "iterations": len(run.losses),
+            "failure": run.failure,
+            "losses": run.losses,
+            "validation": [
+                {"iteration": iteration, "accuracies_by_task_and_step": _rounded(values)}
+                for iteration, values in run.curve
+            ],
+            "test": test,
+            "timing": timing,
+            "meta_gradient_difference": {
+                "measure": "largest |fastkfo - reference| / |reference| (2-norms) of all tensors",
+                "dtype": "float32",
+                "largest": _largest(run.differences) if run.differences else None,
+                "by_round": run.differences,
+            },
+        }
+    backends = getattr(fastkfo, "backends", None)
+    return {
+        "settings": asdict(settings) | {"out": str(settings.out)},
+        "interrupted_by": signal_name,
+        "versions": {
+            "fastkfo": __version__,
+            "python": platform.python_version(),
+            **{n: version(n) for n in ("torch", "numpy", "scikit-learn", "matplotlib")},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "backends": None if backends is None else str(backends()),
+        "methods": methods,
+        "notes": footnotes(runs, settings, signal_name),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a record as strict JSON; numbers that are not finite become null.
+
+    Args:
+        path: The file.
+        content: What :func:`record` returned.
+    """
+    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _accuracies(run: Run) -> torch.Tensor | None:
+    """Returns the test's accuracies, else the last validation's [tasks, steps + 1]."""
+    if run.test is not None:
+        return run.test
+    return run.curve[-1][1] if run.curve else None
+
+
+def _percent(values: torch.Tensor) -> str:
+    mean, half = interval(values)
+    return f"{100 * mean:.1f} ± " + (NOTHING if math.isnan(half) else f"{100 * half:.1f}")
+
+
+def _ratio(run: Run) -> float:
+    pairs = zip(run.reference_seconds, run.fastkfo_seconds, strict=True)
+    return statistics.median(reference / ours for reference, ours in pairs)
+
+
+def _largest(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _rounded(values: torch.Tensor) -> list[list[float]]:
+    return [[round(v, 4) for v in row] for row in values.tolist()]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
