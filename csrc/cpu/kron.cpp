@@ -134,10 +134,10 @@ void double_backward_unit(UnitSteps<S, T>& s, const Results<S, T>& to) {
 }
 
 struct Arguments {
-  const Tensors* cotangents = nullptr;
-  const Tensors& grads;
-  const MaybeTensors &left, &right, &bias, &scale;
-  const MaybeTensors *params = nullptr, *d_grads = nullptr, *d_left = nullptr,
+  Tensors* cotangents = nullptr;
+  Tensors& grads;
+  MaybeTensors &left, &right, &bias, &scale;
+  MaybeTensors *params = nullptr, *d_grads = nullptr, *d_left = nullptr,
                      *d_right = nullptr, *d_bias = nullptr, *d_scale = nullptr;
   const Ints& dims;
   const Floats& alpha;
@@ -192,12 +192,12 @@ std::vector<Item<T>> make_items(const Arguments& a) {
     STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(),
                     "fastkfo: operands must share one dtype and be on the CPU");
   };
-  for (const auto* list : {a.cotangents, &a.grads})
+  for (const Tensors* list : {a.cotangents, &a.grads})
     if (list) {
       STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");
       for (const auto& x : *list) check(x);
     }
-  for (const auto* list : {&a.left, &a.right, &a.bias, &a.scale, a.params, a.d_grads, a.d_left,
+  for (const MaybeTensors* list : {&a.left, &a.right, &a.bias, &a.scale, a.params, a.d_grads, a.d_left,
                            a.d_right, a.d_bias, a.d_scale})
     if (list && !list->empty()) {
       STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");

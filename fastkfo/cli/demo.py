@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,6 +41,9 @@ def demo(
     test_tasks: Annotated[int, typer.Option(help="Test tasks.", min=2)] = 250,
     valid_tasks: Annotated[int, typer.Option(help="Validation tasks.", min=2)] = 50,
     rounds: Annotated[int, typer.Option(help="Rounds of timing.", min=1)] = 15,
+    threads: Annotated[
+        int, typer.Option(help="torch's threads; tensors this small gain nothing from more.", min=1)
+    ] = 1,
 ) -> None:
     """Trains MAML, MAML with added linear layers, and MAML-KFO on digits; compares them.
 
@@ -54,7 +60,7 @@ def demo(
             )
     settings = Settings(
         minutes, seed, out, ways, shots, queries, steps, meta_batch, inner_lr, meta_lr,
-        extra_layers, test_tasks, valid_tasks, rounds,
+        extra_layers, test_tasks, valid_tasks, rounds, threads,
     )  # fmt: skip
     try:
         tasks = TaskSets(settings)
@@ -63,7 +69,7 @@ def demo(
     _check_writable(out)
     console = Console(highlight=False)
     runs = build_runs(settings)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, _threads(threads):
         with _Display(console) as display:
             for title, phase in (
                 ("training", lambda notify: train(runs, tasks, settings, interrupts, notify)),
@@ -76,7 +82,7 @@ def demo(
         cut_by = None if interrupts.signal is None else interrupts.signal.name
         if cut_by is not None:
             console.print(f"{cut_by}: writing what there is (once more to quit at once).")
-        console.print(table(runs, settings))
+        console.print(table(runs, settings), crop=False, no_wrap=True)
         for note in footnotes(runs, settings, cut_by):
             console.print(note, style="dim")
         write_json(out / "demo.json", record(runs, settings, cut_by))
@@ -84,6 +90,16 @@ def demo(
         console.print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}", soft_wrap=True)
     if interrupts.exit_code:
         raise typer.Exit(interrupts.exit_code)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 class _Display:

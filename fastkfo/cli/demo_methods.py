@@ -40,6 +40,7 @@ class Settings:
     test_tasks: int = 250
     valid_tasks: int = 50
     rounds: int = 15
+    threads: int = 1
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Run:
 
     Attributes:
         name: One of ``METHODS``.
-        learner: What is meta-trained.
+        model: What is meta-trained.
+        learner: The model, and for MAML-KFO the transform.
         optimizer: Of the learner's parameters (the transform's included).
         steps: Inner steps.
         lr: Inner learning rate.
@@ -63,6 +65,7 @@ class Run:
     """
 
     name: str
+    model: nn.Module
     learner: GBML | MAML
     optimizer: torch.optim.Optimizer
     steps: int
@@ -106,7 +109,7 @@ class Run:
             Losses and gradients.
         """
         return meta_gradient(
-            self.learner.module,
+            self.model,
             *tasks,
             loss=F.cross_entropy,
             steps=self.steps,
@@ -124,10 +127,7 @@ class Run:
             The largest norm of a difference over the norm of the reference, of all parameters and
             factors; NaN if either is not finite.
         """
-        pairs = [
-            (p.grad, reference.parameters[name])
-            for name, p in self.learner.module.named_parameters()
-        ]
+        pairs = [(p.grad, reference.parameters[name]) for name, p in self.model.named_parameters()]
         if isinstance(self.learner, GBML):
             for name, factors in factors_of(self.learner).items():
                 pairs += [
@@ -207,11 +207,12 @@ def build_runs(settings: Settings) -> list[Run]:
             torch.manual_seed(settings.seed)
             extra = settings.extra_layers if name == METHODS[1] else 0
             model = build_model(settings.ways, extra)
+        learner: GBML | MAML
         if name == METHODS[2]:
             transform = KroneckerTransform(KroneckerLinear, psd=True)
             learner = GBML(model, transform=transform, lr=settings.inner_lr)
         else:
             learner = MAML(model, lr=settings.inner_lr)
         optimizer = torch.optim.Adam(learner.parameters(), lr=settings.meta_lr)
-        runs.append(Run(name, learner, optimizer, settings.steps, settings.inner_lr))
+        runs.append(Run(name, model, learner, optimizer, settings.steps, settings.inner_lr))
     return runs

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import fastkfo
@@ -50,17 +51,23 @@ def table(runs: list[Run], settings: Settings) -> Table:
         A row for each method.
     """
     title = f"{settings.ways}-way {settings.shots}-shot on digits never seen in training"
-    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    result.padding, result.pad_edge = (0, 1, 0, 0), False  # fits 80 columns
+    result = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     result.add_column("", no_wrap=True)
     for header in (
         "meta-\niter.",
         "accuracy (%)\nbefore",
-        f"accuracy (%)\nafter {settings.steps} steps",
-        "plain\nms/iter.",
-        "fastkfo\nms/iter.",
+        f"\nafter {settings.steps} steps",
+        "plain\nms/it.",
+        "fastkfo\nms/it.",
         "\nratio",
-        "gradients\ndiffer by",
+        "gradient\ndiff.",
     ):
         result.add_column(header, justify="right", no_wrap=True)
     for run in runs:
@@ -81,6 +88,9 @@ def table(runs: list[Run], settings: Settings) -> Table:
             ratio,
             difference,
         )
+    # Its own width, whatever the screen's: a line too long wraps, but no digit is cut off.
+    measuring = Console(width=1000)
+    result.width = measuring.measure(result).maximum
     return result
 
 
@@ -125,7 +135,7 @@ def footnotes(runs: list[Run], settings: Settings, signal_name: str | None) -> l
         notes.append(
             f"Time: one meta-gradient of {settings.meta_batch} tasks with {settings.steps} inner "
             f"steps, without the optimizer's step; median of {rounds} interleaved rounds on "
-            f"{torch.get_num_threads()} threads. Ratio: median of the rounds' plain/fastkfo. "
+            f"{settings.threads} thread{'s' * (settings.threads > 1)}. Ratio: median of the rounds' plain/fastkfo. "
             "Gradients: float32, the largest |fastkfo - plain| / |plain| (2-norms) of all "
             "parameters, transform factors and rounds."
         )
@@ -178,7 +188,7 @@ def record(runs: list[Run], settings: Settings, signal_name: str | None) -> dict
                 "fastkfo": run.fastkfo_seconds,
             }
         methods[run.name] = {
-            "parameters": sum(p.numel() for p in run.learner.module.parameters()),
+            "parameters": sum(p.numel() for p in run.model.parameters()),
             "parameters_with_transform": sum(p.numel() for p in run.learner.parameters()),
             "iterations": len(run.losses),
             "failure": run.failure,

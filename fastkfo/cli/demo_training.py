@@ -17,7 +17,10 @@ from fastkfo.tasks import DigitTasks, Episodes
 
 __all__ = ["Interrupts", "TaskSets", "measure", "test", "train"]
 
-VALIDATIONS = 20
+# Of the training time: the first validation is at this share, later ones further apart, up to
+# 1 / VALIDATIONS. At most LARGEST_RESERVE of it is set aside for testing and timing.
+FIRST_VALIDATION, VALIDATIONS = 0.01, 20
+LARGEST_RESERVE = 0.35
 Notify = Callable[[float, str], None]
 
 
@@ -99,15 +102,14 @@ def train(
     if not _validate(runs, 0, tasks.valid, settings.steps, interrupts):
         return
     validation = time.perf_counter() - start
-    testing = 2 * validation * settings.test_tasks / settings.valid_tasks
-    iteration, fastest = 0, 0.0
-    next_validation = budget / VALIDATIONS
     notify(0.0, _summary(runs, 0))
+    iteration, fastest, next_validation = 0, math.inf, FIRST_VALIDATION
     while interrupts.signal is None and any(run.failure is None for run in runs):
         before = time.perf_counter()
-        # The plain loop may take twice as long as ours, hence 3; a quarter always goes to training.
-        reserve = min(testing + 3 * settings.rounds * fastest, 0.75 * budget)
-        share = (before - start) / (budget - reserve)
+        testing = 2 * validation * settings.test_tasks / settings.valid_tasks
+        # The plain loop may take twice as long as ours, hence 3.
+        timing = 3 * settings.rounds * fastest if iteration else 0.0
+        share = (before - start) / (budget - min(testing + timing, LARGEST_RESERVE * budget))
         if share >= 1 and iteration > 0:
             break
         batch = tasks.train.sample(settings.meta_batch)
@@ -116,12 +118,13 @@ def train(
             if run.failure is None:
                 _meta_step(run, batch, iteration)
         now = time.perf_counter()
-        fastest = now - before if iteration == 1 else min(fastest, now - before)
+        fastest = min(fastest, now - before)
         notify(share, f"{iteration / (now - start):.1f} it/s")
-        if now - start >= next_validation and interrupts.signal is None:
+        if share >= next_validation and interrupts.signal is None:
             if not _validate(runs, iteration, tasks.valid, settings.steps, interrupts):
                 break
-            next_validation = time.perf_counter() - start + budget / VALIDATIONS
+            validation = min(validation, time.perf_counter() - now)
+            next_validation = share + min(max(share / 2, FIRST_VALIDATION), 1 / VALIDATIONS)
             notify(share, _summary(runs, iteration))
     if interrupts.signal is None and runs[0].curve[-1][0] != iteration:
         _validate(runs, iteration, tasks.valid, settings.steps, interrupts)

@@ -26,7 +26,8 @@ def with_eager_form(function: type[Function]) -> type[Function]:
         backward = function.backward
 
     Eager.__name__ = Eager.__qualname__ = function.__name__
-    new_style.eager = Eager
+    # Function.apply, less the look for functorch's wrappers that `apply` below has done.
+    new_style.eager = super(Function, Eager).apply
     return function
 
 
@@ -34,7 +35,7 @@ def apply(function: Any, *args: Any) -> Any:
     """Apply the form of a Function that the surroundings need."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return function.apply(*args)
-    return function.eager.apply(*args)
+    return function.eager(*args)
 
 
 def batched_first(x: torch.Tensor, in_dim: int | None, size: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ again Functions, up to the second; beyond it they are those of the reference for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ X_BITS = (GRAD, LEFT, RIGHT, BIAS, SCALE)
 FORWARD_BITS = (PARAM, *X_BITS)
 BACKWARD_BITS = (COTANGENT, *X_BITS)
 TANGENT_BITS = tuple(bit << 8 for bit in X_BITS)
+DOUBLE_OUT = (*X_BITS, COTANGENT)  # in the order of the bits, as the raw op returns them
 DOUBLE_BITS = (*BACKWARD_BITS, *TANGENT_BITS)
 
 Group = Sequence[Tensor | None]
@@ -39,32 +41,68 @@ def call(
     present, tensors = 0, []
     for bit in DOUBLE_BITS if function is not KronForward else FORWARD_BITS:
         group = groups.get(bit)
-        if group is not None and any(x is not None for x in group):
+        if group and any(x is not None for x in group):
             present |= bit
             tensors.extend(group)
     return apply(function, dims, alpha, present, *extra, *tensors)
 
 
-def split(bits: Sequence[int], present: int, count: int, tensors: Sequence[Any]) -> dict[int, Any]:
-    """The groups of operands by bit; [] for an absent one."""
-    groups, k = {}, 0
+@lru_cache(maxsize=4096)
+def _slices(bits: tuple[int, ...], present: int, count: int) -> tuple[slice, ...]:
+    """Where each group of operands is; an empty slice for an absent one."""
+    slices, k = [], 0
     for bit in bits:
-        if present & bit:
-            groups[bit] = tensors[k : k + count]
-            k += count
-        else:
-            groups[bit] = []
-    return groups
+        size = count if present & bit else 0
+        slices.append(slice(k, k + size))
+        k += size
+    return tuple(slices)
 
 
-def _needs(ctx: Any, bits: Sequence[int], first: int, count: int) -> dict[int, Sequence[bool]]:
-    groups = split(bits, ctx.present, count, ctx.needs_input_grad[first:])
-    return {bit: needs or [False] * count for bit, needs in groups.items()}
+def split(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> list[Any]:
+    """The groups of operands in the order of `bits`; an empty one for an absent one."""
+    return [tensors[s] for s in _slices(bits, present, count)]
 
 
-def _pick(group: Group, wanted: Sequence[int], bits: int) -> Group:
-    """The operands of those items that have any of `bits` in what is wanted of them."""
-    return [x if w & bits else None for x, w in zip(group, wanted, strict=True)] if group else []
+def by_bit(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> dict:
+    """The groups of operands by bit."""
+    return dict(zip(bits, split(bits, present, count, tensors), strict=True))
+
+
+class Plan(NamedTuple):
+    """What a backward has to compute: bits per item, and where the results go."""
+
+    wanted: tuple[int, ...]
+    slots: tuple[int, ...]  # in the order in which a raw op returns its results
+    size: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    in_bits: tuple[int, ...],
+    out_bits: tuple[int, ...],
+    present: int,
+    count: int,
+    needs: tuple[bool, ...],
+    live: tuple[bool, ...],
+) -> Plan:
+    """The plan for operands `in_bits`, of which those in `out_bits` may want a gradient."""
+    first = {b: s.start for b, s in zip(in_bits, _slices(in_bits, present, count), strict=True)}
+    wanted, slots = [], []
+    for i in range(count):
+        bits = 0
+        for bit in out_bits:
+            if live[i] and present & bit and needs[first[bit] + i]:
+                bits |= bit
+                slots.append(first[bit] + i)
+        wanted.append(bits)
+    return Plan(tuple(wanted), tuple(slots), len(needs))
+
+
+def _scattered(plan: Plan, results: Sequence[Tensor]) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = [None] * plan.size
+    for slot, result in zip(plan.slots, results, strict=True):
+        gradients[slot] = result
+    return gradients
 
 
 @with_eager_form
@@ -73,48 +111,48 @@ class KronForward(Function):
 
     @staticmethod
     def forward(dims: Any, alpha: Any, present: int, *tensors: Tensor | None) -> Any:
-        x = split(FORWARD_BITS, present, len(alpha), tensors)
-        return tuple(
-            torch.ops.fastkfo.kron_forward.default(
-                _readable(x[GRAD], dims), x[LEFT], x[RIGHT], x[BIAS], _readable(x[SCALE], dims),
-                _readable(x[PARAM], dims), dims, alpha,
-            )  # fmt: skip
-        )
+        params, *x = split(FORWARD_BITS, present, len(alpha), tensors)
+        return tuple(torch.ops.fastkfo.kron_forward.default(*x, params, dims, alpha))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        dims, alpha, present, *tensors = inputs
-        count = len(alpha)
-        x = split(FORWARD_BITS, present, count, tensors)
-        ctx.dims, ctx.alpha, ctx.present = dims, alpha, present
+        ctx.dims, ctx.alpha, ctx.present = inputs[:3]
         ctx.set_materialize_grads(False)
-        # A gradient is needed again only for the derivative in a factor or a scale, a bias only
-        # for that in a scale.
-        needs = _needs(ctx, FORWARD_BITS, 3, count)
-        keep_grad = [a or b or c for a, b, c in zip(needs[LEFT], needs[RIGHT], needs[SCALE], strict=True)]
-        grads = [g if k else None for g, k in zip(x[GRAD], keep_grad, strict=True)]
-        ctx.save_for_backward(*grads, *x[LEFT], *x[RIGHT], *x[BIAS], *x[SCALE])
+        count = len(ctx.alpha)
+        # Neither θ nor, where nothing multiplies it that is learned, G is needed again.
+        skip = count if ctx.present & PARAM else 0
+        ctx.kept = ctx.present & ~PARAM
+        if not any(ctx.needs_input_grad[3 + skip + count :]):
+            skip += count
+            ctx.kept &= ~GRAD
+        ctx.save_for_backward(*inputs[3 + skip :])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.alpha)
-        needs = _needs(ctx, FORWARD_BITS, 3, count)
-        x = split(X_BITS, ctx.present, count, ctx.saved_tensors)
-        wanted = tuple(
-            0 if cotangents[i] is None else sum(bit for bit in X_BITS if needs[bit][i])
-            for i in range(count)
-        )
-        gradients = _backward(ctx.dims, ctx.alpha, wanted, cotangents, x)
-        gradients[PARAM] = [
-            c if need else None for c, need in zip(cotangents, needs[PARAM], strict=True)
-        ]
-        return (None, None, None, *_flat(gradients, FORWARD_BITS, ctx.present))
+        alpha, count = ctx.alpha, len(ctx.alpha)
+        live = tuple([c is not None for c in cotangents])
+        plan = _plan(FORWARD_BITS, X_BITS, ctx.present, count, ctx.needs_input_grad[3:], live)
+        tensors = ctx.saved_tensors
+        if plan.slots:
+            if False in live:  # its item wants nothing; the op needs a shape
+                cotangents = _filled(cotangents, ctx.dims, tensors)
+            results = _backward(
+                ctx.dims, alpha, ctx.kept | COTANGENT, plan.wanted, (*cotangents, *tensors)
+            )
+        else:
+            results = ()
+        gradients = _scattered(plan, results)
+        if ctx.present & PARAM:
+            for i, c in enumerate(cotangents):
+                if live[i] and ctx.needs_input_grad[3 + i]:
+                    gradients[i] = c
+        return (None, None, None, *gradients)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, *tensors: Any) -> Any:
         fold = Fold(info.batch_size, dims)
-        x = split(FORWARD_BITS, present, len(alpha), tensors)
-        d = split(FORWARD_BITS, present, len(alpha), in_dims[3:])
+        x = by_bit(FORWARD_BITS, present, len(alpha), tensors)
+        d = by_bit(FORWARD_BITS, present, len(alpha), in_dims[3:])
         # What is mapped by none and has no task axis stays shared.
         folded = {
             bit: [fold.operand(i, x[bit][i], d[bit][i], bit, share=bit not in (PARAM, GRAD))
@@ -130,55 +168,24 @@ class KronForward(Function):
         ), (0,) * len(alpha)
 
 
-def _backward(
-    dims: Any, alpha: Any, wanted: tuple[int, ...], cotangents: Group, x: dict[int, Group]
-) -> dict[int, list[Tensor | None]]:
-    """The gradients by bit, from one call for all items that want any."""
-    gradients: dict[int, list[Tensor | None]] = {bit: [None] * len(alpha) for bit in X_BITS}
-    live = [i for i, bits in enumerate(wanted) if bits]
-    if not live:
-        return gradients
-    if len(live) < len(alpha):
-        dims = tuple(d for i in live for d in dims[4 * i : 4 * i + 4])
-        alpha = tuple(alpha[i] for i in live)
-        cotangents = [cotangents[i] for i in live]
-        wanted = tuple(wanted[i] for i in live)
-        x = {bit: [group[i] for i in live] if group else [] for bit, group in x.items()}
-    inputs = {
-        COTANGENT: cotangents,
-        GRAD: _pick(x[GRAD], wanted, LEFT | RIGHT | SCALE),
-        LEFT: x[LEFT],
-        RIGHT: x[RIGHT],
-        BIAS: _pick(x[BIAS], wanted, BIAS | SCALE),
-        SCALE: x[SCALE],
-    }
-    out = iter(call(KronBackward, dims, alpha, (wanted,), inputs))
-    for i, bits in zip(live, wanted, strict=True):
-        for bit in X_BITS:
-            if bits & bit:
-                gradients[bit][i] = next(out)
-    return gradients
+def _filled(cotangents: Group, dims: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
+    source = next(x for x in (*cotangents, *like) if x is not None)
+    return [
+        source.new_zeros(dims[4 * i : 4 * i + 4]) if c is None else c
+        for i, c in enumerate(cotangents)
+    ]
 
 
-def _flat(gradients: dict[int, Any], bits: Sequence[int], present: int) -> list[Tensor | None]:
-    return [x for bit in bits if present & bit for x in gradients[bit]]
+def _backward(dims: Any, alpha: Any, present: int, wanted: Any, tensors: Any) -> Any:
+    """KronBackward, as a Function only where its result may be differentiated."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return apply(KronBackward, dims, alpha, present, wanted, *tensors)
+    return KronBackward.forward(dims, alpha, present, wanted, *tensors)
 
 
 def _stand_in(group: Group, cotangents: Group) -> Group:
-    """Gradients for the raw op, which reads only the shape of those that were not kept."""
-    if not group:
-        return cotangents
-    return [c if g is None else g for g, c in zip(group, cotangents, strict=True)]
-
-
-def _readable(group: Group, dims: Sequence[int]) -> Group:
-    """Operands as the raw ops read them: in canonical shape with any strides, or without gaps."""
-    return [
-        x
-        if x is None or x.is_contiguous() or x.shape == dims[4 * i + 4 - x.dim() : 4 * i + 4]
-        else x.contiguous()
-        for i, x in enumerate(group)
-    ]
+    """Gradients for the raw op, which reads only their shape where they were not kept."""
+    return group or cotangents
 
 
 @with_eager_form
@@ -187,47 +194,38 @@ class KronBackward(Function):
 
     @staticmethod
     def forward(dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any) -> Any:
-        x = split(BACKWARD_BITS, present, len(alpha), tensors)
-        for bit in (COTANGENT, GRAD, SCALE):
-            x[bit] = _readable(x[bit], dims)
-        grads = _stand_in(x[GRAD], x[COTANGENT])
+        cotangents, grads, *x = split(BACKWARD_BITS, present, len(alpha), tensors)
+        grads = _stand_in(grads, cotangents)
         return tuple(
-            torch.ops.fastkfo.kron_backward.default(
-                x[COTANGENT], grads, x[LEFT], x[RIGHT], x[BIAS], x[SCALE], dims, alpha, wanted
-            )
+            torch.ops.fastkfo.kron_backward.default(cotangents, grads, *x, dims, alpha, wanted)
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.dims, ctx.alpha, ctx.present, ctx.wanted, *tensors = inputs
+        ctx.dims, ctx.alpha, ctx.present, ctx.wanted = inputs[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.alpha)
-        needs = _needs(ctx, BACKWARD_BITS, 4, count)
-        x = split(BACKWARD_BITS, ctx.present, count, ctx.saved_tensors)
+        count, tensors = len(ctx.alpha), ctx.saved_tensors
         d: dict[int, list[Tensor | None]] = {bit: [None] * count for bit in X_BITS}
         outputs = iter(d_outputs)
         for i, bits in enumerate(ctx.wanted):
             for bit in X_BITS:
                 if bits & bit:
                     d[bit][i] = next(outputs)
-        wanted = tuple(
-            sum(bit for bit in BACKWARD_BITS if needs[bit][i])
-            if any(d[bit][i] is not None for bit in X_BITS)
-            else 0
-            for i in range(count)
+        live = tuple([any([d[bit][i] is not None for bit in X_BITS]) for i in range(count)])
+        plan = _plan(
+            BACKWARD_BITS, DOUBLE_OUT, ctx.present, count, ctx.needs_input_grad[4:], live
         )
-        inputs = {**x, **{bit << 8: d[bit] for bit in X_BITS}}
-        out = iter(call(KronDoubleBackward, ctx.dims, ctx.alpha, (wanted,), inputs))
-        gradients: dict[int, list[Tensor | None]] = {bit: [None] * count for bit in BACKWARD_BITS}
-        for i, bits in enumerate(wanted):
-            for bit in (*X_BITS, COTANGENT):
-                if bits & bit:
-                    gradients[bit][i] = next(out)
-        return (None, None, None, None, *_flat(gradients, BACKWARD_BITS, ctx.present))
+        present = ctx.present
+        for bit in X_BITS:
+            if any([x is not None for x in d[bit]]):
+                present |= bit << 8
+                tensors = (*tensors, *d[bit])
+        results = _double_backward(ctx.dims, ctx.alpha, present, plan.wanted, tensors)
+        return (None, None, None, None, *_scattered(plan, results))
 
     @staticmethod
     def vmap(
@@ -238,19 +236,24 @@ class KronBackward(Function):
         )
 
 
+def _double_backward(dims: Any, alpha: Any, present: int, wanted: Any, tensors: Any) -> Any:
+    """KronDoubleBackward, as a Function only where its result may be differentiated."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return apply(KronDoubleBackward, dims, alpha, present, wanted, *tensors)
+    return KronDoubleBackward.forward(dims, alpha, present, wanted, *tensors)
+
+
 @with_eager_form
 class KronDoubleBackward(Function):
     """The vector-Jacobian product of `KronBackward`."""
 
     @staticmethod
     def forward(dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any) -> Any:
-        x = split(DOUBLE_BITS, present, len(alpha), tensors)
-        for bit in (COTANGENT, GRAD, SCALE, GRAD << 8, SCALE << 8):
-            x[bit] = _readable(x[bit], dims)
-        grads = _stand_in(x[GRAD], x[COTANGENT])
+        cotangents, grads, *x = split(DOUBLE_BITS, present, len(alpha), tensors)
+        grads = _stand_in(grads, cotangents)
         return tuple(
             torch.ops.fastkfo.kron_double_backward.default(
-                x[COTANGENT], grads, *(x[bit] for bit in DOUBLE_BITS[2:]), dims, alpha, wanted
+                cotangents, grads, *x, dims, alpha, wanted
             )
         )
 
@@ -279,9 +282,8 @@ class KronDoubleBackward(Function):
     def vmap(
         info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any
     ) -> Any:
-        bits = (*X_BITS, COTANGENT)
         return _vmap_derivative(
-            KronDoubleBackward, bits, DOUBLE_BITS, info, in_dims, dims, alpha, present, wanted, tensors
+            KronDoubleBackward, DOUBLE_OUT, DOUBLE_BITS, info, in_dims, dims, alpha, present, wanted, tensors
         )
 
 
@@ -289,7 +291,7 @@ def _reference(
     dims: Any, alpha: Any, present: int, wanted: Any, tensors: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """KronDoubleBackward by the differentiable formula."""
-    x = split(DOUBLE_BITS, present, len(alpha), tensors)
+    x = by_bit(DOUBLE_BITS, present, len(alpha), tensors)
     out: list[Tensor] = []
     for i, bits in enumerate(wanted):
         if not bits:
@@ -303,7 +305,7 @@ def _reference(
         tangents = Operands(*(given[bit] for bit in TANGENT_BITS))
         to_cotangent, gradients = kron_double_backward(cotangent, operands, tangents, alpha[i])
         results = dict(zip(X_BITS, gradients, strict=True)) | {COTANGENT: to_cotangent}
-        for bit in (*X_BITS, COTANGENT):
+        for bit in DOUBLE_OUT:
             if bits & bit:
                 like = x[bit][i]
                 result = results[bit]
@@ -391,8 +393,8 @@ def _vmap_derivative(
     """A derivative under vmap: every operand gets its own row per mapped entry and task."""
     count = len(alpha)
     fold = Fold(info.batch_size, dims)
-    x = split(in_bits, present, count, tensors)
-    d = split(in_bits, present, count, in_dims[4:])
+    x = by_bit(in_bits, present, count, tensors)
+    d = by_bit(in_bits, present, count, in_dims[4:])
     folded = {
         bit: [fold.operand(i, x[bit][i], d[bit][i], bit, share=False) for i in range(len(x[bit]))]
         for bit in in_bits

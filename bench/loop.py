@@ -1,0 +1,83 @@
+"""The unchanged learn2learn loop on fastkfo against learn2learn itself, in one run.
+
+    python bench/loop.py [--workload NAME ...] [--method NAME ...] [--rounds N]
+
+A row is timed only if both meta-gradients agree (float32 normwise; the tests compare float64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fastkfo
+from bench import measure, memory, workloads
+from tests.oracle import learn2learn
+
+
+def difference(a: list, b: list) -> float:
+    """The normwise relative difference of two meta-gradients."""
+    flat = [torch.cat([g.flatten().double() for g in grads if g is not None]) for grads in (a, b)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def run(name: str, method: str, rounds: int) -> dict:
+    """One row: parity, then times."""
+    torch.manual_seed(0)
+    workload = workloads.WORKLOADS[name]()
+    learners = {
+        "learn2learn": workloads.make_learner(learn2learn(), workload, method),
+        "fastkfo": workloads.make_learner(fastkfo, workload, method),
+    }
+    grads = {k: workloads.meta_gradient(v, workload) for k, v in learners.items()}
+    wrong_by = difference(grads["fastkfo"], grads["learn2learn"])
+    row: dict = {"workload": name, "method": method, "difference": wrong_by}
+    if wrong_by > 1e-4:
+        return {**row, "refused": "the meta-gradients differ"}
+    runs = {k: lambda v=v: workloads.meta_gradient(v, workload) for k, v in learners.items()}
+    samples = measure.interleaved(runs, rounds)
+    row["times"] = measure.summary(samples, "learn2learn")
+    row["samples_s"] = samples
+    return row
+
+
+def main() -> None:
+    """Run the rows asked for, print the table, store the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", nargs="*", default=list(workloads.WORKLOADS))
+    parser.add_argument("--method", nargs="*", default=["maml", "kfo", "kfo-adapt"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", action="store_true", help="peak memory too, in processes apart")
+    parser.add_argument("--save", default=None, help="name of the record under bench/results")
+    options = parser.parse_args()
+    print(f"{'workload':15} {'method':14} {'learn2learn':>12} {'fastkfo':>9} {'faster':>20} {'differ':>8}")
+    rows = []
+    for name in options.workload:
+        for method in options.method:
+            row = run(name, method, options.rounds)
+            if options.memory:
+                row["peak_mib"] = memory.peaks(name, method)
+            rows.append(row)
+            if "refused" in row:
+                print(f"{name:15} {method:14} refused: wrong by {row['difference']:.1e}")
+                continue
+            t = row["times"]
+            f = t["fastkfo"]
+            ratio = f"{f['speedup']:.2f} ({f['speedup_q1']:.2f}-{f['speedup_q3']:.2f})"
+            peak = row.get("peak_mib", "")
+            print(
+                f"{name:15} {method:14} {t['learn2learn']['median_ms']:9.1f} ms "
+                f"{f['median_ms']:6.1f} ms {ratio:>18} {row['difference']:8.0e} {peak}",
+                flush=True,
+            )
+    if options.save:
+        print(measure.save(options.save, {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
