@@ -202,40 +202,75 @@ def _clone(module: _ModuleT, memo: dict[Tensor, Tensor]) -> _ModuleT:
     return clone
 
 
+class ParameterSlots:
+    """The parameters of a module and every place that holds one, found in one walk.
+
+    `params` are those of `module.parameters()`, in its order. `put` exchanges them, keeps ties,
+    and refreshes what RNNs derive from them.
+
+    Args:
+        module: the module to look through.
+    """
+
+    __slots__ = ("_buffers", "_flattened", "_places", "params")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.params: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str, int]] = []
+        self._buffers: list[tuple[dict[str, Any], str]] = []
+        self._flattened: list[nn.Module] = []
+        index: dict[int, int] = {}
+        seen: set[int] = set()
+        stack: list[nn.Module] = [module]
+        while stack:
+            current = stack.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            state = current.__dict__
+            params = state["_parameters"]
+            for key, param in params.items():
+                if param is not None:
+                    k = index.setdefault(id(param), len(self.params))
+                    if k == len(self.params):
+                        self.params.append(param)
+                    self._places.append((params, key, k))
+            buffers = state["_buffers"]
+            for key, buffer in buffers.items():
+                if buffer is not None and buffer.requires_grad:
+                    self._buffers.append((buffers, key))
+            children = state["_modules"]
+            if children:
+                stack.extend([c for c in reversed(children.values()) if c is not None])
+            if hasattr(type(current), "flatten_parameters") or "flatten_parameters" in state:
+                self._flattened.append(current)
+
+    def put(self, new: list[Tensor]) -> None:
+        """Exchange the parameters.
+
+        Args:
+            new: one tensor for each of `params`; the same one where nothing changes.
+        """
+        for holder, key, k in self._places:
+            holder[key] = new[k]
+        if self._buffers:  # a buffer may be tied to a parameter
+            by_id = {id(old): tensor for old, tensor in zip(self.params, new, strict=True)}
+            for holder, key in self._buffers:
+                holder[key] = by_id.get(id(holder[key]), holder[key])
+        self.params = list(new)
+        for current in reversed(self._flattened):  # children before parents
+            _refresh_flat_weights(current)
+
+
 def replace_parameters(module: nn.Module, replacements: Mapping[int, Tensor]) -> None:
-    """Swap tensors of a module and its submodules for others, in place and keeping ties.
+    """Swap parameters of a module and its submodules for others, in place and keeping ties.
 
     Args:
         module: Module to change.
-        replacements: `id(old tensor)` -> new tensor, for parameters and buffers. Tensors not
-            named stay.
+        replacements: `id(old tensor)` -> new tensor. Tensors not named stay.
     """
-    get = replacements.get
-    stack: list[nn.Module] = [module]
-    seen = set()
-    flattened: list[nn.Module] = []
-    while stack:
-        current = stack.pop()
-        if id(current) in seen:  # a second visit would chain replacements (a -> b, b -> c)
-            continue
-        seen.add(id(current))
-        # Assigning to a key that is there keeps the dictionary's size, so iterating is safe.
-        params = current._parameters
-        for key, param in params.items():
-            new = get(id(param))
-            if new is not None:
-                params[key] = new  # type: ignore[assignment]  # a clone's are plain tensors
-        buffers = current._buffers
-        for key, buffer in buffers.items():
-            new = get(id(buffer))
-            if new is not None:
-                buffers[key] = new
-        if current._modules:
-            stack.extend(child for child in current._modules.values() if child is not None)
-        if hasattr(type(current), "flatten_parameters") or "flatten_parameters" in current.__dict__:
-            flattened.append(current)
-    for current in reversed(flattened):  # children before parents
-        _refresh_flat_weights(current)
+    slots = ParameterSlots(module)
+    slots.put([replacements.get(id(p), p) for p in slots.params])
 
 
 def _owned_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,7 @@ from fastkfo.optim.differentiate import gradients
 from fastkfo.optim.fused import GramCache, updated_parameters
 from fastkfo.optim.parameter_update import ParameterUpdate
 from fastkfo.optim.update_rules import DifferentiableSGD
-from fastkfo.utils import clone_module, replace_parameters
+from fastkfo.utils import ParameterSlots, clone_module
 
 
 class GBML(nn.Module):
@@ -57,6 +57,33 @@ class GBML(nn.Module):
     ) -> None:
         check_module("module", module)
         finite("lr", lr)
+        compute_update = kwargs.pop("compute_update", None)
+        if kwargs:
+            raise TypeError(f"GBML: unexpected keyword arguments {sorted(kwargs)}")
+        if compute_update is None:
+            compute_update = ParameterUpdate(module.parameters(), transform)
+        self._set_up(
+            module,
+            transform,
+            lr,
+            adapt_transform,
+            first_order,
+            allow_unused,
+            allow_nograd,
+            compute_update,
+        )
+
+    def _set_up(
+        self,
+        module: nn.Module,
+        transform: Callable[[Tensor], nn.Module | None],
+        lr: float | Tensor,
+        adapt_transform: bool,
+        first_order: bool,
+        allow_unused: bool,
+        allow_nograd: bool,
+        compute_update: nn.Module,
+    ) -> None:
         super().__init__()
         self.module = module
         self.transform = transform
@@ -65,11 +92,6 @@ class GBML(nn.Module):
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.allow_nograd = allow_nograd
-        compute_update = kwargs.pop("compute_update", None)
-        if kwargs:
-            raise TypeError(f"GBML: unexpected keyword arguments {sorted(kwargs)}")
-        if compute_update is None:
-            compute_update = ParameterUpdate(module.parameters(), transform)
         self.compute_update = compute_update
         self.diff_sgd = DifferentiableSGD(lr=lr)
         # Whether θ carries an update by φ that φ can be adapted through.
@@ -102,15 +124,16 @@ class GBML(nn.Module):
         Raises:
             TypeError: the model has been compiled.
         """
-        clone = GBML(
-            module=clone_module(self.module),
-            transform=self.transform,
-            lr=self.lr,
-            adapt_transform=_default(adapt_transform, self.adapt_transform),
-            first_order=_default(first_order, self.first_order),
-            allow_unused=_default(allow_unused, self.allow_unused),
-            allow_nograd=_default(allow_nograd, self.allow_nograd),
-            compute_update=clone_module(self.compute_update),
+        clone = GBML.__new__(GBML)
+        clone._set_up(
+            clone_module(self.module),
+            self.transform,
+            self.lr,
+            _default(adapt_transform, self.adapt_transform),
+            _default(first_order, self.first_order),
+            _default(allow_unused, self.allow_unused),
+            _default(allow_nograd, self.allow_nograd),
+            clone_module(self.compute_update),
         )
         clone._gram_cache = GramCache()
         return clone
@@ -139,80 +162,95 @@ class GBML(nn.Module):
         second_order = not _default(first_order, self.first_order)
         allow_unused = _default(allow_unused, self.allow_unused)
         allow_nograd = _default(allow_nograd, self.allow_nograd)
-        params = list(self.module.parameters())
-        phi: list[Tensor] = []
-        if self.adapt_transform and self._params_updated:
-            phi = [p for p in self.compute_update.parameters() if p.requires_grad]
-
-        if type(self.compute_update) is not ParameterUpdate:
-            self._adapt_with(params, phi, loss, second_order, allow_unused, allow_nograd)
-            return
-        # One backward pass gives the gradients in θ and, through its last update, those in φ.
-        together = phi if second_order else []
-        grads = gradients(
-            loss, [*params, *together], second_order, second_order, allow_unused, allow_nograd
-        )
-        grads, phi_grads = grads[: len(params)], grads[len(params) :]
-        if phi and not second_order:
-            phi_grads = _through_last_update(params, phi, grads, allow_unused)
-        self._step(params, phi, grads, phi_grads)
-
-    def _step(
-        self,
-        params: list[Tensor],
-        phi: list[Tensor],
-        grads: list[Tensor | None],
-        phi_grads: list[Tensor | None],
-    ) -> None:
-        """Update φ, then θ with the new φ; both or, on an error, neither."""
-        new_phi = updated_parameters(None, phi, phi_grads, self.lr) if phi else {}
-        replace_parameters(self.compute_update, new_phi)
-        try:
-            new = updated_parameters(
-                self.compute_update.transforms(), params, grads, self.lr, self._gram_cache
-            )
-        except Exception:
-            old = {id(new_phi[id(p)]): p for p in phi if id(p) in new_phi}
-            replace_parameters(self.compute_update, old)
-            raise
-        replace_parameters(self.module, new)
+        slots = ParameterSlots(self.module)
+        phi = ParameterSlots(self.compute_update) if self._adapts_transform() else None
+        if type(self.compute_update) is ParameterUpdate:
+            step = self._fused_step
+        else:
+            step = self._general_step
+        step(slots, phi, loss, second_order, allow_unused, allow_nograd)
         self._params_updated = True
 
-    def _adapt_with(
+    def _adapts_transform(self) -> bool:
+        return self.adapt_transform and self._params_updated
+
+    def _fused_step(
         self,
-        params: list[Tensor],
-        phi: list[Tensor],
+        slots: ParameterSlots,
+        phi: ParameterSlots | None,
         loss: Tensor,
         second_order: bool,
         allow_unused: bool,
         allow_nograd: bool,
     ) -> None:
-        """Adapt through a `compute_update` of the user's own, by its interface alone."""
-        new_phi: dict[int, Tensor] = {}
-        if phi:
-            if second_order:
-                phi_grads = gradients(loss, phi, True, True, allow_unused, False)
-            else:
-                grads = gradients(loss, params, False, True, allow_unused, allow_nograd)
-                phi_grads = _through_last_update(params, phi, grads, allow_unused)
-            new_phi = updated_parameters(None, phi, phi_grads, self.lr)
-        replace_parameters(self.compute_update, new_phi)
-        try:
+        count = len(slots.params)
+        learned = [p for p in phi.params if p.requires_grad] if phi is not None else []
+        # One backward pass gives the gradients in θ and, through its last update, those in φ.
+        inputs = [*slots.params, *learned] if second_order else slots.params
+        found = gradients(loss, inputs, second_order, second_order, allow_unused, allow_nograd)
+        grads, phi_grads = found[:count], found[count:]
+        if learned and not second_order:
+            phi_grads = _through_last_update(slots.params, learned, grads, allow_unused)
+
+        def updated() -> list[Tensor]:
+            transforms = self.compute_update.transforms()  # type: ignore[operator]
+            return updated_parameters(transforms, slots.params, grads, self.lr, self._gram_cache)
+
+        self._commit(slots, phi, learned, phi_grads, updated)
+
+    def _general_step(
+        self,
+        slots: ParameterSlots,
+        phi: ParameterSlots | None,
+        loss: Tensor,
+        second_order: bool,
+        allow_unused: bool,
+        allow_nograd: bool,
+    ) -> None:
+        """A step through a `compute_update` of the user's own, by its interface alone."""
+        learned = [p for p in phi.params if p.requires_grad] if phi is not None else []
+        phi_grads: list[Tensor | None] = []
+        if learned and second_order:
+            phi_grads = gradients(loss, learned, True, True, allow_unused, False)
+        elif learned:
+            grads = gradients(loss, slots.params, False, True, allow_unused, allow_nograd)
+            phi_grads = _through_last_update(slots.params, learned, grads, allow_unused)
+
+        def updated() -> list[Tensor]:
             updates = self.compute_update(
                 loss,
-                params,
+                slots.params,
                 create_graph=second_order,
                 retain_graph=second_order,
                 allow_unused=allow_unused,
                 allow_nograd=allow_nograd,
             )
-            new = updated_parameters(None, params, list(updates), self.lr)
-        except Exception:
-            old = {id(new_phi[id(p)]): p for p in phi if id(p) in new_phi}
-            replace_parameters(self.compute_update, old)
+            return updated_parameters(None, slots.params, list(updates), self.lr)
+
+        self._commit(slots, phi, learned, phi_grads, updated)
+
+    def _commit(
+        self,
+        slots: ParameterSlots,
+        phi: ParameterSlots | None,
+        learned: list[Tensor],
+        phi_grads: list[Tensor | None],
+        updated: Callable[[], list[Tensor]],
+    ) -> None:
+        """Update φ, then θ by the new φ; both or, on an error, neither."""
+        if phi is None or not learned:
+            slots.put(updated())
+            return
+        old = phi.params
+        new = dict(
+            zip(map(id, learned), updated_parameters(None, learned, phi_grads, self.lr), strict=True)
+        )
+        phi.put([new.get(id(p), p) for p in old])
+        try:
+            slots.put(updated())
+        except BaseException:
+            phi.put(old)
             raise
-        replace_parameters(self.module, new)
-        self._params_updated = True
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
 from fastkfo.functional.checks import finite
-from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
-from fastkfo.utils import clone_module, replace_parameters
+from fastkfo.utils import ParameterSlots, clone_module
 
 
 def maml_update(
@@ -33,22 +32,14 @@ def maml_update(
             shape, or there is none at all.
     """
     finite("lr", lr)
-    params = list(model.parameters())
-    grads = own_gradients(params) if grads is None else list(grads)
-    if len(grads) != len(params):
-        raise ValueError(f"grads: expected {len(params)}, one per parameter, got {len(grads)}")
-    replace_parameters(model, updated_parameters(None, params, grads, lr))
+    slots = ParameterSlots(model)
+    grads = own_gradients(slots.params) if grads is None else list(grads)
+    if len(grads) != len(slots.params):
+        raise ValueError(
+            f"grads: expected {len(slots.params)}, one per parameter, got {len(grads)}"
+        )
+    slots.put(updated_parameters(None, slots.params, grads, lr))
     return model
-
-
-def own_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The parameters' `.grad`; ValueError if there is none."""
-    with warnings.catch_warnings():  # asking a non-leaf tensor for .grad warns
-        warnings.simplefilter("ignore")
-        grads = [p.grad for p in params]
-    if params and all(g is None for g in grads):
-        raise ValueError("grads: expected a list, or parameters with a .grad, got None and none")
-    return grads
 
 
 class MAML(BaseLearner):
@@ -107,16 +98,16 @@ class MAML(BaseLearner):
             RuntimeError: autograd's own, with the option that would help.
         """
         second_order = not (self.first_order if first_order is None else first_order)
-        params = list(self.module.parameters())
+        slots = ParameterSlots(self.module)
         grads = gradients(
             loss,
-            params,
+            slots.params,
             create_graph=second_order,
             retain_graph=second_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
-        replace_parameters(self.module, updated_parameters(None, params, grads, self.lr))
+        slots.put(updated_parameters(None, slots.params, grads, self.lr))
 
     def clone(
         self,

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
-from fastkfo.algorithms.maml import own_gradients
 from fastkfo.functional.checks import finite
-from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
-from fastkfo.utils import clone_module, clone_parameters, replace_parameters
+from fastkfo.utils import ParameterSlots, clone_module, clone_parameters
 
 
 def meta_sgd_update(
@@ -36,7 +35,8 @@ def meta_sgd_update(
         TypeError: dtypes do not match.
         ValueError: lengths or shapes do not match, or a default is asked for that is not there.
     """
-    params = list(model.parameters())
+    slots = ParameterSlots(model)
+    params = slots.params
     grads = own_gradients(params) if grads is None else list(grads)
     lrs = [getattr(p, "_lr", None) for p in params] if lrs is None else list(lrs)  # type: ignore[misc]
     for name, values in (("lrs", lrs), ("grads", grads)):
@@ -45,7 +45,7 @@ def meta_sgd_update(
     for i, (lr, grad) in enumerate(zip(lrs, grads, strict=True)):
         if lr is None and grad is not None:
             raise ValueError(f"lrs: expected a tensor for parameter {i}, got None")
-    replace_parameters(model, updated_parameters(None, params, grads, lrs))
+    slots.put(updated_parameters(None, params, grads, lrs))
     return model
 
 
@@ -97,7 +97,8 @@ class MetaSGD(BaseLearner):
             RuntimeError: autograd's own.
         """
         second_order = not (self.first_order if first_order is None else first_order)
-        params = list(self.module.parameters())
+        slots = ParameterSlots(self.module)
+        params = slots.params
         grads = gradients(
             loss,
             params,
@@ -107,7 +108,7 @@ class MetaSGD(BaseLearner):
             allow_nograd=False,
         )
         lrs = list(self.lrs)
-        replace_parameters(self.module, updated_parameters(None, params, grads, lrs))
+        slots.put(updated_parameters(None, params, grads, lrs))
 
     def clone(self) -> MetaSGD:
         """A learner for one task, whose parameters and rates lead back to this one's.

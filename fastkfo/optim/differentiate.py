@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ def gradients(
     except RuntimeError as error:
         raise RuntimeError(f"{error}{_hint(str(error))}") from error
     return [next(found) if p.requires_grad or not allow_nograd else None for p in parameters]
+
+
+def own_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The parameters' `.grad`; ValueError if there is none."""
+    with warnings.catch_warnings():  # asking a non-leaf tensor for .grad warns
+        warnings.simplefilter("ignore")
+        grads = [p.grad for p in params]
+    if params and all(g is None for g in grads):
+        raise ValueError("grads: expected a list, or parameters with a .grad, got None and none")
+    return grads
 
 
 def _hint(error: str) -> str:

@@ -171,9 +171,12 @@ def transform_gradients(
         TypeError: a transform returned no tensor, or its dtype is not the gradient's.
         ValueError: a transform returned the wrong shape.
     """
-    items = _gather(transforms, grads, None, skip_plain=True)
-    items.square_factors(None)
+    items, simple = _gather(transforms, grads, None)
     updates = list(grads)
+    for i, grad, alpha, scale in simple:
+        update = grad if scale is None else scale * grad
+        updates[i] = update if alpha == 1.0 else alpha * update
+    items.square_factors(None)
     for i, update in zip(items.index, items.run(), strict=True):
         updates[i] = update
     return updates
@@ -185,7 +188,7 @@ def updated_parameters(
     grads: Sequence[Tensor | None],
     lr: Rate,
     cache: GramCache | None = None,
-) -> dict[int, Tensor]:
+) -> list[Tensor]:
     """Every parameter after one step, `θ − lr · transform(g)`.
 
     Args:
@@ -196,7 +199,7 @@ def updated_parameters(
         cache: squares of factors to be used again.
 
     Returns:
-        From `id(θ)` to the new tensor.
+        The new tensors; the old one where the gradient is None.
 
     Raises:
         TypeError: dtypes do not match.
@@ -206,79 +209,116 @@ def updated_parameters(
         raise ValueError(
             f"gradients: expected {len(params)}, one per parameter, got {len(grads)}"
         )
-    transforms = [None] * len(params) if transforms is None else transforms
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is not None:
+            _check_like("the gradient", grad, param, i)
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"the gradient for parameter {i}: expected shape {list(param.shape)}, "
+                    f"got {list(grad.shape)}"
+                )
+    if transforms is None:
+        return [
+            param if grad is None else _plain_step(param, grad, lr, i)
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True))
+        ]
     if len(transforms) != len(params):
         raise ValueError(
             f"parameters: expected {len(transforms)}, one per transform, got {len(params)}"
         )
-    items = _gather(transforms, grads, lr, skip_plain=False)
-    chosen = [params[i] for i in items.index]
-    for i, param, grad in zip(items.index, chosen, items.groups[GRAD], strict=True):
-        _check_like("the gradient", grad, param, i)
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"the gradient for parameter {i}: expected shape {list(param.shape)}, "
-                f"got {list(grad.shape)}"
-            )
-    items.square_factors(cache)
-    items.groups[PARAM] = chosen
-    return {id(param): new for param, new in zip(chosen, items.run(), strict=True)}
+    items, simple = _gather(transforms, grads, lr)
+    new = list(params)
+    for i, grad, alpha, scale in simple:
+        new[i] = _scaled_step(params[i], grad, alpha, scale)
+    if items.index:
+        items.square_factors(cache)
+        items.groups[PARAM] = [params[i] for i in items.index]
+        for i, result in zip(items.index, items.run(), strict=True):
+            new[i] = result
+    return new
+
+
+# Without factors there is nothing to fuse that one elementwise op of PyTorch does not do.
+def _plain_step(param: Tensor, grad: Tensor, lr: Rate, index: int) -> Tensor:
+    rate = lr[index] if isinstance(lr, (list, tuple)) else lr
+    if isinstance(rate, Tensor):
+        return torch.addcmul(param, _rate_scale(rate, grad, index), grad, value=-1)
+    return torch.add(param, grad, alpha=-rate)
+
+
+def _scaled_step(param: Tensor, grad: Tensor, alpha: float, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return torch.add(param, grad, alpha=alpha)
+    return torch.addcmul(param, scale, grad, value=alpha)
+
+
+Simple = list[tuple[int, Tensor, float, "Tensor | None"]]  # index, gradient, alpha, scale
 
 
 def _gather(
-    transforms: Sequence[nn.Module | None],
-    grads: Sequence[Tensor | None],
-    lr: Rate,
-    skip_plain: bool,
-) -> Items:
+    transforms: Sequence[nn.Module | None], grads: Sequence[Tensor | None], lr: Rate
+) -> tuple[Items, Simple]:
+    """The parameters' items with factors, and those that are a scaled gradient.
+
+    Without a learning rate (None), plain gradients are left out.
+    """
     items, first = Items(), Items()
+    simple: Simple = []
     hooked = _global_hooks()
-    curvature: list[tuple[nn.Module, float, Tensor | None]] = []
+    # A rate that is a tensor multiplies element by element, as a scale does.
+    tensor_rate = isinstance(lr, Tensor)
+    alpha = 1.0 if lr is None else -1.0 if tensor_rate else -lr
+    curvature: list[tuple[Any, float, Tensor | None]] = []
     for i, (transform, grad) in enumerate(zip(transforms, grads, strict=True)):
-        if grad is None:
+        if grad is None or (transform is None and lr is None):
             continue
-        rate = lr[i] if isinstance(lr, (list, tuple, nn.ParameterList)) else lr
-        # A rate that is a tensor multiplies element by element, as a scale does.
-        scale = _rate_scale(rate, grad, i) if isinstance(rate, Tensor) else None
-        alpha = 1.0 if rate is None else (-1.0 if scale is not None else -float(rate))
+        scale = _rate_scale(lr, grad, i) if tensor_rate else None
         if transform is None:
-            if not skip_plain:
-                items.add(i, _flat(grad), alpha, grad, scale=scale)
+            simple.append((i, grad, alpha, scale))
             continue
         kind = None if hooked else _kind(transform)
         if kind == "reshaped" and _add_kronecker(items, i, alpha, grad, transform, scale):
             continue
-        if kind == "scale":
-            own = transform._parameters["alpha"]
-            if own is not None and (own.shape == grad.shape or own.numel() == 1):
-                items.add(i, _flat(grad), alpha, grad, scale=own if scale is None else scale * own)
-                continue
-        if kind == "curvature" and isinstance(transform.lr, (int, float)):
-            mc = transform._parameters
-            if transform.dim == 1 and mc["mc"].shape == grad.shape:  # type: ignore[union-attr]
-                own = mc["mc"] if scale is None else scale * mc["mc"]  # type: ignore[operator]
-                items.add(i, _flat(grad), alpha * transform.lr, grad, scale=own)
-                continue
-            if transform.dim == 2:
-                items.add(i, (1, 1, *grad.shape), alpha * transform.lr, grad,  # type: ignore[arg-type]
-                          mc["mc_in"], mc["mc_out"], scale=scale)  # fmt: skip
-                continue
-            if transform.dim > 2 and grad.shape[:2] == (transform.n_in, transform.n_out):
-                # Two matrices on the last axes now, the third on the first axis in the main call.
-                dims = (1, transform.n_in, transform.n_out, transform.n_f)
-                first.add(i, dims, 1.0, grad, mc["mc_out"].t(), mc["mc_f"].t())  # type: ignore[union-attr, arg-type]
-                curvature.append((transform, alpha * transform.lr, scale))
-                continue
-        update = _called(transform, grad, i)
-        items.add(i, _flat(grad), alpha, update, scale=scale)
-    for i, (transform, alpha, scale), grad in zip(first.index, curvature, first.run(), strict=True):
-        dims = (1, 1, transform.n_in, transform.n_out * transform.n_f)
-        items.add(i, dims, alpha, grad, transform._parameters["mc_in"], scale=scale)  # type: ignore[arg-type]
-    return items
+        own = _own_scale(transform, kind, grad)
+        if own is not None:
+            factor = transform.lr if kind == "curvature" else 1.0
+            simple.append((i, grad, alpha * factor, own if scale is None else scale * own))  # type: ignore[operator]
+        elif kind == "curvature" and _is_curvature_of(transform, grad):
+            mc: Any = transform._parameters
+            t: Any = transform
+            if t.dim == 2:
+                dims = (1, 1, *grad.shape)
+                items.add(i, dims, alpha * t.lr, grad, mc["mc_in"], mc["mc_out"], None, scale)  # type: ignore[arg-type]
+            else:  # two matrices on the last axes first, the third on the first axis with the rest
+                dims = (1, t.n_in, t.n_out, t.n_f)
+                first.add(i, dims, 1.0, grad, mc["mc_out"].t(), mc["mc_f"].t())
+                curvature.append((t, alpha * t.lr, scale))
+        else:
+            simple.append((i, _called(transform, grad, i), alpha, scale))
+    for i, (t, factor, scale), grad in zip(first.index, curvature, first.run(), strict=True):
+        dims = (1, 1, t.n_in, t.n_out * t.n_f)
+        items.add(i, dims, factor, grad, t._parameters["mc_in"], None, None, scale)
+    return items, simple
 
 
-def _flat(grad: Tensor) -> tuple[int, int, int, int]:
-    return 1, 1, 1, grad.numel()
+def _own_scale(transform: nn.Module, kind: str | None, grad: Tensor) -> Tensor | None:
+    """What a transform that is a scale multiplies by."""
+    if kind == "scale":
+        own = transform._parameters["alpha"]
+        fits = own is not None and own.dtype == grad.dtype
+        return own if fits and (own.shape == grad.shape or own.numel() == 1) else None  # type: ignore[union-attr]
+    if kind == "curvature" and transform.dim == 1 and isinstance(transform.lr, (int, float)):
+        own = transform._parameters["mc"]
+        return own if own is not None and own.shape == grad.shape else None
+    return None
+
+
+def _is_curvature_of(transform: Any, grad: Tensor) -> bool:
+    if not isinstance(transform.lr, (int, float)) or transform.dim != grad.dim():
+        return False
+    if transform.dim == 2:
+        return True
+    return transform.dim > 2 and grad.shape[:2] == (transform.n_in, transform.n_out)
 
 
 def _rate_scale(rate: Tensor, grad: Tensor, index: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkfo.functional.checks import finite
 from fastkfo.optim.fused import updated_parameters
-from fastkfo.utils import check_not_compiled, replace_parameters
+from fastkfo.utils import ParameterSlots, check_not_compiled
 
 
 class LearnableOptimizer(nn.Module):
@@ -62,23 +62,19 @@ class LearnableOptimizer(nn.Module):
             ValueError: a transform returned the wrong shape; the model is as it was.
         """
         loss = closure() if closure is not None else None
-        model = self.info["model"]
-        params = list(model.parameters())
-        grads = [_grad(p) for p in params]
+        slots = ParameterSlots(self.info["model"])
+        params = [p.detach() for p in slots.params]
+        grads = [None if (g := _grad(p)) is None else g.detach() for p in slots.params]
         transforms = list(self.transforms._modules.values())
-        new = updated_parameters(
-            transforms, [p.detach() for p in params], [None if g is None else g.detach() for g in grads],
-            self.lr,
-        )  # fmt: skip
-        # updated_parameters answers by position: the detached tensors were made in order.
-        live = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        replacements = {id(p): u for p, u in zip(live, new.values(), strict=True)}
-        replace_parameters(model, replacements)
-        for p in replacements.values():
+        new = updated_parameters(transforms, params, grads, self.lr)
+        for p, grad in zip(new, grads, strict=True):
+            if grad is None:
+                continue
             if p.requires_grad:
                 p.retain_grad()
             else:
                 p.requires_grad_()  # nothing to learn in its transform: a leaf again
+        slots.put([old if g is None else p for old, p, g in zip(slots.params, new, grads, strict=True)])
         return loss
 
     def zero_grad(self) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastkfo.functional.checks import finite
+from fastkfo.optim.differentiate import own_gradients
 from fastkfo.optim.fused import updated_parameters
-from fastkfo.utils import replace_parameters
+from fastkfo.utils import ParameterSlots
 
 
 class DifferentiableSGD(nn.Module):
@@ -41,6 +42,6 @@ class DifferentiableSGD(nn.Module):
             TypeError: dtypes do not match.
             ValueError: the number of gradients or a shape is wrong; the module is as it was.
         """
-        params = list(module.parameters())
-        grads = [p.grad for p in params] if gradients is None else list(gradients)
-        replace_parameters(module, updated_parameters(None, params, grads, self.lr))
+        slots = ParameterSlots(module)
+        grads = own_gradients(slots.params) if gradients is None else list(gradients)
+        slots.put(updated_parameters(None, slots.params, grads, self.lr))
