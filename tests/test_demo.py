@@ -101,6 +101,12 @@ def test_table_json_and_png(tmp_path):
     assert record["methods"]["MAML"]["parameters"] == record["methods"]["MAML-KFO"]["parameters"]
 
 
+def test_iterations_end_the_training(tmp_path):
+    result = run_demo(tmp_path, minutes=60, iterations=2)
+    assert result.exit_code == 0, result.output
+    assert {method["iterations"] for method in load(tmp_path)["methods"].values()} == {2}
+
+
 def send_at(monkeypatch, name, call, number, when=lambda *args: True):
     """Sends this process a signal as a method of Run is called the given time."""
     original, calls = getattr(Run, name), []
@@ -223,6 +229,7 @@ def test_predictions_that_are_not_finite_are_reported(tmp_path):
         ({"ways": 1}, "--ways"),
         ({"queries": 1000}, "shots + queries: expected at most"),
         ({"steps": 0}, "--steps"),
+        ({"iterations": 0}, "--iterations"),
         ({"seed": -1}, "--seed"),
         ({"seed": "x"}, "--seed"),
     ],

@@ -74,28 +74,31 @@ Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool sq
   for (size_t i = 0; i < factors.size(); ++i) {
     const auto sizes = factors[i].sizes();
     const int64_t rank = static_cast<int64_t>(sizes.size());
-    STD_TORCH_CHECK(rank >= 2 && rank <= 8 && factors[i].is_cpu() &&
+    STD_TORCH_CHECK(rank >= 2 && factors[i].is_cpu() &&
                         factors[i].scalar_type() == factors[0].scalar_type(),
                     "fastkfo: factors must be matrices of one dtype on the CPU");
     const int64_t rows = sizes[rank - 2], n = sizes[rank - 1];
-    int64_t shape[8], count = 1;
-    for (int64_t k = 0; k < rank; ++k) shape[k] = sizes[k];
+    std::vector<int64_t> shape(sizes.begin(), sizes.end());
+    int64_t count = 1;
     for (int64_t k = 0; k + 2 < rank; ++k) count *= sizes[k];
     if (square) shape[rank - 2] = n;
     const auto gapless = [&](const Tensor& x) {
-      return static_cast<const T*>(
-          kept.emplace_back(x.is_contiguous() ? x : torch::stable::contiguous(x)).data_ptr());
+      kept.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+      const auto* from = static_cast<const T*>(kept.back().data_ptr());
+      STD_TORCH_CHECK(from || x.numel() == 0, "fastkfo: operand ", i, " has no memory");
+      return from;
     };
     const T* data = gapless(factors[i]);
     const T* partner = nullptr;
     const int64_t partner_rows = square ? rows : n;
     if (partners) {
       STD_TORCH_CHECK((*partners)[i].numel() == count * partner_rows * n &&
+                          (*partners)[i].is_cpu() &&
                           (*partners)[i].scalar_type() == factors[0].scalar_type(),
                       "fastkfo: operand ", i, " does not match its factor");
       partner = gapless((*partners)[i]);
     }
-    T* to = static_cast<T*>(out.emplace_back(empty(factors[i], shape, rank)).data_ptr());
+    T* to = static_cast<T*>(out.emplace_back(empty(factors[i], shape.data(), rank)).data_ptr());
     const int64_t out_rows = shape[rank - 2];
     for (int64_t t = 0; t < count; ++t) {
       all.push_back({data + t * rows * n, partner ? partner + t * partner_rows * n : nullptr,

@@ -150,10 +150,35 @@ bool one_number_per_task(const Tensor& scale) {
          (sizes.size() == 4 && sizes[1] == 1 && sizes[2] == 1 && sizes[3] == 1);
 }
 
+// Whether sizes that a caller made up can be multiplied: none negative, no overflow.
+bool sizes_are_sound(std::initializer_list<int64_t> sizes) {
+  int64_t room = int64_t(1) << 62;
+  for (const int64_t size : sizes) {
+    if (size < 0 || size > room) return false;
+    room /= std::max<int64_t>(1, size);
+  }
+  return true;
+}
+
+// What a unit writes must be there: every operand whose gradient is wanted, in its full size.
+template <class T>
+void check_wanted(const Item<T>& it, const Tensor& cotangent, int64_t i) {
+  const auto& x = it.x;
+  STD_TORCH_CHECK(!(it.wanted & kLeft && !x.left) && !(it.wanted & kRight && !x.right) &&
+                      !(it.wanted & kBias && !x.bias) && !(it.wanted & kScale && !x.scale),
+                  "fastkfo: item ", i, " wants the gradient of an absent operand");
+  STD_TORCH_CHECK(cotangent.numel() == it.tasks * it.batch * it.n * it.m, "fastkfo: cotangents[",
+                  i, "] has ", cotangent.numel(), " elements, expected ",
+                  it.tasks * it.batch * it.n * it.m);
+}
+
 template <class T>
 Item<T> make_item(const Arguments& a, int64_t i) {
   const int64_t t = a.dims[4 * i], b = a.dims[4 * i + 1], n = a.dims[4 * i + 2],
                 m = a.dims[4 * i + 3];
+  STD_TORCH_CHECK(sizes_are_sound({t, b, n, m}) && sizes_are_sound({t, n, n}) &&
+                      sizes_are_sound({t, m, m}),
+                  "fastkfo: item ", i, " has impossible dims ", t, " ", b, " ", n, " ", m);
   // A chunk is about two million operations; it depends on the shape alone.
   const int64_t per_entry = std::max<int64_t>(1, 2 * n * m * (n + m));
   Item<T> it{t, b, n, m, std::max<int64_t>(1, 2'000'000 / per_entry), a.alpha[i]};
@@ -177,7 +202,10 @@ Item<T> make_item(const Arguments& a, int64_t i) {
     it.d.bias = operand<T>(*a.d_bias, i, bias, "d_bias");
     it.d.scale = operand<T>(*a.d_scale, i, scale, "d_scale");
   }
-  if (a.wanted) it.wanted = (*a.wanted)[i];
+  if (a.wanted) {
+    it.wanted = (*a.wanted)[i];
+    check_wanted(it, (*a.cotangents)[i], i);
+  }
   return it;
 }
 
@@ -185,8 +213,10 @@ template <class T>
 std::vector<Item<T>> make_items(const Arguments& a) {
   const int64_t count = static_cast<int64_t>(a.grads.size());
   STD_TORCH_CHECK(static_cast<int64_t>(a.dims.size()) == 4 * count &&
-                      static_cast<int64_t>(a.alpha.size()) == count,
-                  "fastkfo: expected four dims and one alpha for each of ", count, " items");
+                      static_cast<int64_t>(a.alpha.size()) == count &&
+                      (!a.wanted || static_cast<int64_t>(a.wanted->size()) == count),
+                  "fastkfo: expected four dims, one alpha and one wanted for each of ", count,
+                  " items");
   const ScalarType dtype = count ? a.grads[0].scalar_type() : ScalarType::Float;
   const auto check = [&](const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(),

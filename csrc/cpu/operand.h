@@ -59,6 +59,8 @@ Operand<T, RANK> operand(Tensor& tensor, const Strides<RANK>& shape, const char*
   static const T nothing{};  // so that an empty tensor is still a present operand
   const auto strides = strides_as(tensor, shape, name, item);
   const T* data = static_cast<const T*>(tensor.data_ptr());
+  STD_TORCH_CHECK(data || tensor.numel() == 0, "fastkfo: operand ", name, " of item ", item,
+                  " has no memory");
   return {data ? data : &nothing, strides};
 }
 
@@ -71,7 +73,7 @@ Operand<T, RANK> operand(MaybeTensors& tensors, int64_t item, const Strides<RANK
 
 // An uninitialised tensor with the dtype and device of `like`.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank) {
-  int64_t strides[8];
+  std::vector<int64_t> strides(rank);
   int64_t step = 1;
   for (int64_t k = rank; k-- > 0;) {
     strides[k] = step;
@@ -82,7 +84,7 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank) {
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle = nullptr;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(rank, sizes, strides, dtype, device, index, &handle) ==
+  STD_TORCH_CHECK(aoti_torch_empty_strided(rank, sizes, strides.data(), dtype, device, index, &handle) ==
                       0,
                   "fastkfo: could not allocate an output");
   return Tensor(handle);

@@ -60,30 +60,6 @@ class GBML(nn.Module):
         compute_update = kwargs.pop("compute_update", None)
         if kwargs:
             raise TypeError(f"GBML: unexpected keyword arguments {sorted(kwargs)}")
-        if compute_update is None:
-            compute_update = ParameterUpdate(module.parameters(), transform)
-        self._set_up(
-            module,
-            transform,
-            lr,
-            adapt_transform,
-            first_order,
-            allow_unused,
-            allow_nograd,
-            compute_update,
-        )
-
-    def _set_up(
-        self,
-        module: nn.Module,
-        transform: Callable[[Tensor], nn.Module | None],
-        lr: float | Tensor,
-        adapt_transform: bool,
-        first_order: bool,
-        allow_unused: bool,
-        allow_nograd: bool,
-        compute_update: nn.Module,
-    ) -> None:
         super().__init__()
         self.module = module
         self.transform = transform
@@ -92,6 +68,8 @@ class GBML(nn.Module):
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.allow_nograd = allow_nograd
+        if compute_update is None:
+            compute_update = ParameterUpdate(module.parameters(), transform)
         self.compute_update = compute_update
         self.diff_sgd = DifferentiableSGD(lr=lr)
         # Whether θ carries an update by φ that φ can be adapted through.
@@ -125,17 +103,27 @@ class GBML(nn.Module):
             TypeError: the model has been compiled.
         """
         clone = GBML.__new__(GBML)
-        clone._set_up(
-            clone_module(self.module),
-            self.transform,
-            self.lr,
-            _default(adapt_transform, self.adapt_transform),
-            _default(first_order, self.first_order),
-            _default(allow_unused, self.allow_unused),
-            _default(allow_nograd, self.allow_nograd),
-            clone_module(self.compute_update),
+        nn.Module.__init__(clone)
+        # Runs once per task: nn.Module's own attribute writes would cost more than the clones.
+        vars(clone).update(
+            transform=self.transform,
+            adapt_transform=_default(adapt_transform, self.adapt_transform),
+            first_order=_default(first_order, self.first_order),
+            allow_unused=_default(allow_unused, self.allow_unused),
+            allow_nograd=_default(allow_nograd, self.allow_nograd),
+            _params_updated=False,
+            _gram_cache=GramCache(),
         )
-        clone._gram_cache = GramCache()
+        lr = self.lr
+        if isinstance(lr, nn.Parameter):
+            clone.lr = lr
+        else:
+            vars(clone)["lr"] = lr
+        clone._modules.update(
+            module=clone_module(self.module),
+            compute_update=clone_module(self.compute_update),
+            diff_sgd=self.diff_sgd if self.diff_sgd.lr is lr else DifferentiableSGD(lr),
+        )
         return clone
 
     def adapt(

@@ -17,15 +17,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastkfo.cli.demo_methods import Settings, build_runs
+from fastkfo.cli.demo_notes import footnotes
 from fastkfo.cli.demo_plot import write_plot
-from fastkfo.cli.demo_report import footnotes, record, table, write_json
+from fastkfo.cli.demo_report import record, table, write_json
 from fastkfo.cli.demo_training import Interrupts, TaskSets, measure, test, train
 
 __all__ = ["demo"]
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(help="Time for everything, most of it training.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="At most this, for everything.")] = 3.0,
+    iterations: Annotated[int, typer.Option(help="Meta-iterations at most.", min=1)] = 300,
     seed: Annotated[int, typer.Option(help="Of initial weights and tasks.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path(
         "fastkfo-demo"
@@ -59,7 +61,7 @@ def demo(
                 f"expected a positive finite number, got {value}", param_hint=f"--{name}"
             )
     settings = Settings(
-        minutes, seed, out, ways, shots, queries, steps, meta_batch, inner_lr, meta_lr,
+        minutes, iterations, seed, out, ways, shots, queries, steps, meta_batch, inner_lr, meta_lr,
         extra_layers, test_tasks, valid_tasks, rounds, threads,
     )  # fmt: skip
     try:

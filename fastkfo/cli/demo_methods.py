@@ -27,6 +27,7 @@ class Settings:
     """The demo's options; the command's help says what each means."""
 
     minutes: float = 3.0
+    iterations: int = 300
     seed: int = 0
     out: Path = Path("fastkfo-demo")
     ways: int = 5
@@ -168,6 +169,12 @@ class Run:
             finite = finite and bool(predictions.isfinite().all())
             accuracies.append((predictions.argmax(-1) == y_q).float().mean().item())
         return accuracies, finite
+
+    def best_known(self) -> torch.Tensor | None:
+        """Returns the test's accuracies, else the last validation's, [tasks, steps + 1]."""
+        if self.test is not None:
+            return self.test
+        return self.curve[-1][1] if self.curve else None
 
 
 def build_model(ways: int, extra_layers: int) -> nn.Sequential:

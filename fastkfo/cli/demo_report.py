@@ -1,4 +1,4 @@
-"""What the demo prints and stores: one table, its footnotes, and a JSON record."""
+"""What the demo prints and stores: one table, and a JSON record."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from rich.table import Table
 
 import fastkfo
 from fastkfo._version import __version__
-from fastkfo.cli.demo_methods import FEATURES, Run, Settings
+from fastkfo.cli.demo_methods import Run, Settings
+from fastkfo.cli.demo_notes import footnotes
 
-__all__ = ["footnotes", "interval", "record", "table", "write_json"]
+__all__ = ["interval", "record", "table", "write_json"]
 
 NOTHING = "-"
 
@@ -71,7 +72,7 @@ def table(runs: list[Run], settings: Settings) -> Table:
     ):
         result.add_column(header, justify="right", no_wrap=True)
     for run in runs:
-        accuracies = _accuracies(run)
+        accuracies = run.best_known()
         mark = "" if run.test is not None else "†"
         times, ratio, difference = [NOTHING, NOTHING], NOTHING, NOTHING
         if run.differences:
@@ -92,66 +93,6 @@ def table(runs: list[Run], settings: Settings) -> Table:
     measuring = Console(width=1000)
     result.width = measuring.measure(result).maximum
     return result
-
-
-def footnotes(runs: list[Run], settings: Settings, signal_name: str | None) -> list[str]:
-    """Says what the table's numbers are, and are not.
-
-    Args:
-        runs: All methods, finished or not.
-        settings: The demo's options.
-        signal_name: The signal that cut the run short, or None.
-
-    Returns:
-        One paragraph each.
-    """
-    tested = 0 if runs[0].test is None else len(runs[0].test)
-    accuracies = _accuracies(runs[0])
-    count = 0 if accuracies is None else len(accuracies)
-    rounds = min(len(run.differences) for run in runs)
-    splits = (
-        "Training: digits 0-4 of scikit-learn's 8x8 images, each at four rotations by 90 degrees "
-        "as classes of their own. Test: digits 5-9, upright; with so few digits the tasks differ "
-        "in their images and label order, not in their digits, so the interval says nothing about "
-        "other digits or other seeds."
-    )
-    notes = [
-        f"Accuracy: mean and 95 % interval over {count} {'test' if tested else 'validation'} "
-        f"tasks of one training run (seed {settings.seed}). {splits}"
-        if count
-        else f"Nothing had been measured yet. {splits}",
-        f"MAML + linear: {settings.extra_layers} linear layers of {FEATURES} units, with no "
-        "non-linearity, before the head; it can express no more than MAML's model. MAML-KFO: the "
-        "same model as MAML, its gradients transformed by learned Kronecker factors (psd).",
-        "All methods: the same seed, tasks, iterations, inner and meta learning rate"
-        + (
-            "; the rates were chosen on the reverse split (training on 5-9, tasks of 0-4), from "
-            "the same grid for all."
-            if (settings.inner_lr, settings.meta_lr) == (Settings.inner_lr, Settings.meta_lr)
-            else "."
-        ),
-    ]
-    if rounds:
-        notes.append(
-            f"Time: one meta-gradient of {settings.meta_batch} tasks with {settings.steps} inner "
-            f"steps, without the optimizer's step; median of {rounds} interleaved rounds on "
-            f"{settings.threads} thread{'s' * (settings.threads > 1)}. Ratio: median of the rounds' plain/fastkfo. "
-            "Gradients: float32, the largest |fastkfo - plain| / |plain| (2-norms) of all "
-            "parameters, transform factors and rounds."
-        )
-    if count and tested < settings.test_tasks and signal_name:
-        notes.append(
-            f"† The test had not started when {signal_name} came: the last validation instead."
-            if not tested
-            else f"The test was cut short by {signal_name}: {tested} of {settings.test_tasks} "
-            "tasks."
-        )
-    for run in runs:
-        if run.failure:
-            notes.append(f"‡ {run.name} stopped training at {run.failure}.")
-        if run.not_finite:
-            notes.append(f"‡ {run.name}: predictions not finite in {run.not_finite} test tasks.")
-    return notes
 
 
 def record(runs: list[Run], settings: Settings, signal_name: str | None) -> dict[str, Any]:
@@ -236,13 +177,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _accuracies(run: Run) -> torch.Tensor | None:
-    """Returns the test's accuracies, else the last validation's [tasks, steps + 1]."""
-    if run.test is not None:
-        return run.test
-    return run.curve[-1][1] if run.curve else None
 
 
 def _percent(values: torch.Tensor) -> str:

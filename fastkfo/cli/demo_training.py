@@ -85,7 +85,7 @@ def train(
     interrupts: Interrupts,
     notify: Notify,
 ) -> None:
-    """Trains all runs in turn, on the same tasks in the same iterations, until time is up.
+    """Trains all runs in turn, on the same tasks, until the iterations are done or time is up.
 
     What testing and timing will need is set aside, by what the first validation and iterations
     took. A run whose meta-gradient is not finite keeps its parameters and stops there.
@@ -95,7 +95,7 @@ def train(
         tasks: Where tasks come from.
         settings: The demo's options.
         interrupts: Ends the training when a signal has come.
-        notify: Called with the share of the time that is over, and what to show.
+        notify: Called with the share that is done, and what to show.
     """
     start = time.perf_counter()
     budget = 60 * settings.minutes
@@ -109,7 +109,10 @@ def train(
         testing = 2 * validation * settings.test_tasks / settings.valid_tasks
         # The plain loop may take twice as long as ours, hence 3.
         timing = 3 * settings.rounds * fastest if iteration else 0.0
-        share = (before - start) / (budget - min(testing + timing, LARGEST_RESERVE * budget))
+        share = max(
+            (before - start) / (budget - min(testing + timing, LARGEST_RESERVE * budget)),
+            iteration / settings.iterations,
+        )
         if share >= 1 and iteration > 0:
             break
         batch = tasks.train.sample(settings.meta_batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +42,24 @@ def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor) 
 
 def operand_list(name: str, value: object, count: int) -> list[Any]:
     """A list of `count` operands; None stands for a list of None."""
-    if value is None:
+    if value is None and count >= 0:
         return [None] * count
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
     if len(value) != count:
         raise ValueError(f"{name}: expected {count} entries, one per gradient, got {len(value)}")
     return list(value)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch has no answer for "meta"."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where the formula runs: autocast would multiply float32 in lower precision."""
+    on = autocast_enabled(device)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def by_dtype_and_device(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -27,10 +27,12 @@ def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Ten
         One tensor `[..., n, n]` per factor.
 
     Raises:
-        TypeError: a factor is not a floating-point tensor.
+        TypeError: `factors` is no list, or a factor is not a floating-point tensor.
         ValueError: a factor has fewer than two axes, or `implementation` is unknown.
         ImplementationUnavailable: the implementation named is not available.
     """
+    if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+        raise TypeError(f"factors: expected a list of tensors, got {type(factors).__name__}")
     for i, factor in enumerate(factors):
         checks.floating_tensor(f"factors[{i}]", factor)
         if factor.dim() < 2:
@@ -50,7 +52,8 @@ def gram_unchecked(factors: list[Tensor], implementation: str = "auto") -> list[
             groups, lambda ids: gram_unchecked([factors[i] for i in ids], implementation)
         )
     if selector.select(implementation, factors[0].device) == "reference":
-        return [reference.gram.gram(factor) for factor in factors]
+        with checks.without_autocast(factors[0].device):
+            return [reference.gram.gram(factor) for factor in factors]
     return list(apply(Gram, *factors))
 
 

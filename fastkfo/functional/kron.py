@@ -191,17 +191,19 @@ _NAMES = {PARAM: "params", LEFT: "left", RIGHT: "right", BIAS: "bias", SCALE: "s
 def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
     name = f"grads[{i}]"
     checks.floating_tensor(name, x[GRAD])
-    for bit, operand_name in _NAMES.items():
+    names = _NAMES
+    for bit, operand_name in names.items():
         if x[bit] is not None:
             checks.floating_tensor(f"{operand_name}[{i}]", x[bit])
     if isinstance(rate, Tensor):
-        x[SCALE] = rate if x[SCALE] is None else rate * x[SCALE]
+        names = {**_NAMES, SCALE: "lr" if x[SCALE] is None else "lr * scale"}
+        x[SCALE] = rate if x[SCALE] is None else _rate_times_scale(i, rate, x[SCALE])
         alpha = -1.0
     else:
         alpha = 1.0 if rate is None else -float(rate)
-    if torch.is_autocast_enabled(x[GRAD].device.type):
+    if checks.autocast_enabled(x[GRAD].device):
         x = _promoted(x)
-    for bit, operand_name in _NAMES.items():
+    for bit, operand_name in names.items():
         if x[bit] is not None:
             checks.same_dtype_and_device(f"{operand_name}[{i}]", x[bit], name, x[GRAD])
 
@@ -224,7 +226,7 @@ def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
         n, m, batch = matrix[-2], matrix[-1], math.prod(matrix[:-2])
     else:
         raise ValueError(f"{name}: expected [T?, B?, n, m] beside factors, got a scalar")
-    dims = (tasks or 1, batch, n, m)
+    dims = (1 if tasks is None else tasks, batch, n, m)
     for bit, size in ((LEFT, n), (RIGHT, m)):
         _check_factor(f"{_NAMES[bit]}[{i}]", x[bit], size, psd)
     if x[BIAS] is not None and tuple(x[BIAS].shape[-2:]) != (n, m):
@@ -235,9 +237,19 @@ def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
         PARAM: _broadcast(f"params[{i}]", x[PARAM], logical, dims),
         SCALE: x[SCALE]
         if x[SCALE] is None or x[SCALE].numel() == 1
-        else _broadcast(f"scale[{i}]", x[SCALE], logical, dims),
+        else _broadcast(f"{names[SCALE]}[{i}]", x[SCALE], logical, dims),
     }
     return _Item(dims, alpha, operands, logical)
+
+
+def _rate_times_scale(i: int, rate: Tensor, scale: Tensor) -> Tensor:
+    try:
+        return rate * scale
+    except RuntimeError:
+        raise ValueError(
+            f"lr: expected a tensor that broadcasts with scale[{i}], {list(scale.shape)} on "
+            f"{scale.device}, got {list(rate.shape)} on {rate.device}"
+        ) from None
 
 
 def _promoted(x: dict[int, Any]) -> dict[int, Any]:
@@ -322,10 +334,11 @@ def kron_unchecked(
             ),
         )
     if selector.select(implementation, grads[0].device) == "reference":  # type: ignore[union-attr]
-        return [
-            _reference(dims[4 * i : 4 * i + 4], alpha[i], {b: g[i] for b, g in groups.items() if g})
-            for i in range(len(grads))
-        ]
+        items = [{b: g[i] for b, g in groups.items() if g} for i in range(len(grads))]
+        with checks.without_autocast(grads[0].device):  # type: ignore[union-attr]
+            return [
+                _reference(dims[4 * i : 4 * i + 4], alpha[i], item) for i, item in enumerate(items)
+            ]
     return list(call(KronForward, dims, alpha, (), groups))
 
 
@@ -341,6 +354,8 @@ def _reference(dims: Sequence[int], alpha: float, x: dict[int, Tensor | None]) -
     u = reference.kron.kron_transform(
         reference.kron.Operands(*(c.get(bit) for bit in (GRAD, LEFT, RIGHT, BIAS, SCALE)))
     )
+    if u is c[GRAD]:  # nothing to do: a result is never an argument
+        u = u.clone()
     if alpha != 1.0:
         u = alpha * u
     if c.get(PARAM) is not None:

@@ -39,7 +39,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """Apply a Function to groups of operands, in the order of their bits."""
     present, tensors = 0, []
-    for bit in DOUBLE_BITS if function is not KronForward else FORWARD_BITS:
+    for bit in DOUBLE_BITS if COTANGENT in groups else FORWARD_BITS:
         group = groups.get(bit)
         if group and any(x is not None for x in group):
             present |= bit

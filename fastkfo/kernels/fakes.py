@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 GRAD, LEFT, RIGHT, BIAS, SCALE, COTANGENT = 1, 2, 4, 8, 16, 32
 
-_registered = False
+_negative: torch.library.Library | None = None  # its kernels last as long as it does
 
 
 def register() -> None:
     """Register the fakes; once, after the library is loaded."""
-    global _registered
-    if not _registered:
-        _registered = True
+    global _negative
+    if _negative is None:
+        _negative = torch.library.Library("fastkfo", "IMPL")
         for name in ("kron_forward", "kron_backward", "kron_double_backward"):
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
+            _negative.impl(name, partial(_without_negative_views, name), "Negative")
         for name in ("gram", "gram_vjp", "gram_jvp"):
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
+
+
+def _without_negative_views(name: str, *args: Any) -> list[Tensor]:
+    """Call an op without lazily negated tensors (`z.conj().imag` is one).
+
+    PyTorch's own fallback looks into lists of tensors, but not into those with gaps.
+    """
+    resolved = [
+        [x.resolve_neg() if isinstance(x, Tensor) else x for x in arg]
+        if isinstance(arg, (list, tuple))
+        else arg
+        for arg in args
+    ]
+    return getattr(torch.ops.fastkfo, name).default(*resolved)
 
 
 def _empty(like: Tensor) -> Tensor:

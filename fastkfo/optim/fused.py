@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from fastkfo.functional.checks import by_dtype_and_device
+from fastkfo.functional.function import apply
 from fastkfo.functional.gram import gram_unchecked
-from fastkfo.functional.kron import BIAS, GRAD, LEFT, PARAM, RIGHT, SCALE, kron_unchecked
+from fastkfo.functional.kron import kron_unchecked
+from fastkfo.functional.kron_autograd import BIAS, GRAD, LEFT, PARAM, RIGHT, SCALE, KronForward
+from fastkfo.kernels.selector import select
 
 Rate = Any  # a number, or a tensor
 
@@ -68,26 +72,79 @@ class GramCache:
     """
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
+        self.key: list[Any] = []
         self.factors: list[Tensor] = []  # kept, so that no other tensor can take their identity
         self.squares: list[Tensor] = []
+        self.step: KroneckerStep | None = None
 
     def get(self, factors: list[Tensor]) -> list[Tensor]:
         """The squares of the factors, one tensor each."""
-        key = (torch.is_grad_enabled(), *[(id(x), x._version, x.requires_grad) for x in factors])
-        if key != self.key or not self._alive():
+        if not self.holds(factors):
             self.squares = gram_unchecked(factors)
-            self.key, self.factors = key, factors
+            self.key, self.factors = self._key(factors), factors
         return self.squares
+
+    def holds(self, factors: list[Tensor]) -> bool:
+        """Whether the squares are those of these factors, with a graph that is there."""
+        return self._key(factors) == self.key and self._alive()
+
+    def _key(self, factors: list[Tensor]) -> list[Any]:
+        return [torch.is_grad_enabled(), *map(id, factors), *[x._version for x in factors]]
 
     def _alive(self) -> bool:
         node = self.squares[0].grad_fn if self.squares else None
         if node is None:
-            return not any(x.requires_grad for x in self.squares)
+            return not any([x.requires_grad for x in self.factors]) or not self.key[0]
         try:
             return node.saved_tensors is not None  # type: ignore[attr-defined]
         except (RuntimeError, AttributeError):
             return False
+
+
+class KroneckerStep:
+    """One step of a clone whose transforms are all Kronecker, ready to be taken again.
+
+    Between the steps of a clone only θ and its gradient change. `matches` makes sure of that, at a
+    fraction of what gathering the operands costs.
+    """
+
+    def __init__(self, transforms: list[Any], items: Items, factors: list[Tensor], lr: Rate) -> None:
+        groups = [items.groups[bit] for bit in (LEFT, RIGHT, BIAS, SCALE)]
+        groups = [g if any([x is not None for x in g]) else [] for g in groups]
+        self.transforms, self.lr, self.factors = transforms, lr, factors
+        self.dims, self.alpha = tuple(items.dims), tuple(items.alpha)
+        self.present = PARAM | GRAD
+        for bit, group in zip((LEFT, RIGHT, BIAS, SCALE), groups, strict=True):
+            self.present |= bit if group else 0
+        self.operands = [x for group in groups for x in group]
+        self.parts = [
+            (t, t._modules["transform"], t._modules["transform"]._parameters) for t in transforms
+        ]
+        self.raw = [x for _, _, own in self.parts for x in own.values()]
+
+    def matches(self, transforms: Sequence[Any], lr: Rate, cache: GramCache) -> bool:
+        """Whether the same step would be gathered anew."""
+        if isinstance(lr, Tensor):
+            return False
+        if self.transforms != transforms or lr != self.lr or _global_hooks():
+            return False
+        raw = []
+        for transform, linear, own in self.parts:
+            if transform._modules["transform"] is not linear or linear._parameters is not own:
+                return False
+            if not (_plain(transform) and _plain(linear)):
+                return False
+            raw += own.values()
+        same = all([x is y for x, y in zip(raw, self.raw, strict=True)])
+        return same and (not self.factors or cache.holds(self.factors))
+
+    def take(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Tensor]:
+        """The updated parameters."""
+        return list(
+            apply(
+                KronForward, self.dims, self.alpha, self.present, *params, *grads, *self.operands
+            )
+        )
 
 
 class Items:
@@ -226,6 +283,11 @@ def updated_parameters(
         raise ValueError(
             f"parameters: expected {len(transforms)}, one per transform, got {len(params)}"
         )
+    whole = not any([g is None for g in grads])  # not `None in grads`, which compares tensors
+    if cache is not None and cache.step is not None and whole:
+        if cache.step.matches(transforms, lr, cache):
+            return cache.step.take(params, grads)
+        cache.step = None
     items, simple = _gather(transforms, grads, lr)
     new = list(params)
     for i, grad, alpha, scale in simple:
@@ -235,7 +297,21 @@ def updated_parameters(
         items.groups[PARAM] = [params[i] for i in items.index]
         for i, result in zip(items.index, items.run(), strict=True):
             new[i] = result
+    if cache is not None and _repeats(items, transforms, lr):
+        cache.step = KroneckerStep(list(transforms), items, cache.factors if items.psd else [], lr)
     return new
+
+
+def _repeats(items: Items, transforms: Sequence[nn.Module | None], lr: Rate) -> bool:
+    """Whether the next step may be a `KroneckerStep`: one native call with Kronecker items only."""
+    grads = items.groups[GRAD]
+    return (
+        len(items.index) == len(transforms) > 0
+        and all([t is not None and _kind(t) == "reshaped" for t in transforms])
+        and not isinstance(lr, Tensor)
+        and len(by_dtype_and_device(grads)) == 1
+        and select("auto", grads[0].device) == "native"
+    )
 
 
 # Without factors there is nothing to fuse that one elementwise op of PyTorch does not do.
@@ -343,7 +419,9 @@ def _add_kronecker(
     if linear is None or _kind(linear) != "kronecker":
         return False
     factors = linear._parameters
-    left, right, bias = factors["left"], factors["right"], factors.get("bias")
+    left, right, bias = factors.get("left"), factors.get("right"), factors.get("bias")
+    if left is None or right is None or (bias is None and linear.bias is not None):
+        return False  # made a buffer or a plain attribute, say to freeze it
     n, m = left.shape[0], right.shape[0]
     if tuple(reshaped.in_shape) != (-1, n, m) or grad.numel() % max(1, n * m):  # type: ignore[arg-type]
         return False

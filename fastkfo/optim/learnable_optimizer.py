@@ -28,7 +28,7 @@ class LearnableOptimizer(nn.Module):
 
     Raises:
         TypeError: `model` is no module or is compiled, or `lr` no number.
-        ValueError: `lr` is not finite.
+        ValueError: `lr` is not finite, or `transform` returned neither a module nor None.
 
     The state dict's keys are `transforms.{i}.*`, where i counts all parameters.
     """
@@ -45,7 +45,14 @@ class LearnableOptimizer(nn.Module):
         check_not_compiled(model, "model")
         finite("lr", lr)
         self.info: dict[str, Any] = {"model": model}
-        self.transforms = nn.ModuleList([transform(p) for p in model.parameters()])  # type: ignore[misc]
+        transforms = [transform(p) for p in model.parameters()]
+        for i, made in enumerate(transforms):
+            if made is not None and not isinstance(made, nn.Module):
+                raise ValueError(
+                    f"transform: expected a Module or None for parameter {i}, "
+                    f"got {type(made).__name__}"
+                )
+        self.transforms = nn.ModuleList(transforms)  # type: ignore[arg-type]
         self.lr = lr
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
