@@ -200,13 +200,14 @@ class Operands:
         return [x for x in every if isinstance(x, Tensor)]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Operands:
-        """The same operands, each passed through `f` once."""
+        """The same operands, each passed through `f` once, in the order of `tensors`."""
 
         def one(x):
             return f(x) if isinstance(x, Tensor) else x
 
+        lists = {name: [one(x) for x in self.lists[name]] for name in NAMES}
         lr = [one(x) for x in self.lr] if isinstance(self.lr, list) else one(self.lr)
-        return Operands({k: [one(x) for x in v] for k, v in self.lists.items()}, lr, self.psd)
+        return Operands(lists, lr, self.psd)
 
     def leaves(self) -> Operands:
         """Copies in the same strides that require gradients."""

@@ -168,6 +168,58 @@ class PlainKron(nn.Module):
         return update.reshape(grad.shape)
 
 
+class Squash(nn.Module):
+    """A non-linear transform of a user's own."""
+
+    def __init__(self, param):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones_like(param))
+        self.b = nn.Parameter(torch.tensor(0.5, dtype=param.dtype))
+
+    def forward(self, grad):
+        return self.a * torch.tanh(grad) + self.b * grad
+
+
+def kronecker(psd, bias):
+    return lambda lib, model: lib.optim.KroneckerTransform(
+        lib.nn.KroneckerLinear, bias=bias, psd=psd
+    )
+
+
+def dictionary(lib, model):
+    """A module's and a parameter's transforms; the others are updated by plain SGD."""
+    params = list(model.parameters())
+    first = next(m for m in model.modules() if m._parameters)
+    kron = lib.optim.KroneckerTransform(lib.nn.KroneckerLinear)
+    return lib.optim.transforms.TransformDictionary(
+        {first: kron, params[-2]: lib.optim.MetaCurvatureTransform}
+    )
+
+
+def mixture(lib, model):
+    """Every kind of transform in one learner."""
+    makers = [TRANSFORMS[k] for k in ("kron-psd", "curvature", "scale", "user", "kron-bias")]
+    made = [make(lib, model) for make in makers]
+    chosen = {id(p): made[i % len(made)] for i, p in enumerate(model.parameters())}
+    return lambda p: chosen[id(p)](p)
+
+
+TRANSFORMS = {
+    "kron": kronecker(False, False),
+    "kron-bias": kronecker(False, True),
+    "kron-psd": kronecker(True, False),
+    "kron-psd-bias": kronecker(True, True),
+    "curvature": lambda lib, model: lib.optim.MetaCurvatureTransform,
+    "curvature-lr": lambda lib, model: lambda p: lib.optim.MetaCurvatureTransform(p, lr=0.7),
+    "module": lambda lib, model: lib.optim.ModuleTransform(nn.Linear),
+    "dictionary": dictionary,
+    "scale": lambda lib, model: lambda p: lib.nn.Scale(p.shape),
+    "user": lambda lib, model: Squash,
+    "none": lambda lib, model: lambda p: None,
+    "mixture": mixture,
+}
+
+
 class Outcome(NamedTuple):
     """What one meta-iteration gives."""
 

@@ -9,6 +9,7 @@ import fastkfo
 from tests.models import (
     LR,
     STEPS,
+    TRANSFORMS,
     PlainKron,
     assert_close,
     assert_same,
@@ -17,6 +18,7 @@ from tests.models import (
     meta_iteration,
     perturb,
     query_loss,
+    snapshot,
     support_loss,
     task,
 )
@@ -25,56 +27,6 @@ from tests.oracle import learn2learn
 l2l = learn2learn()
 
 
-class Squash(nn.Module):
-    """A non-linear transform of a user's own."""
-
-    def __init__(self, param):
-        super().__init__()
-        self.a = nn.Parameter(torch.ones_like(param))
-        self.b = nn.Parameter(torch.tensor(0.5, dtype=param.dtype))
-
-    def forward(self, grad):
-        return self.a * torch.tanh(grad) + self.b * grad
-
-
-def kronecker(psd, bias):
-    return lambda lib, model: lib.optim.KroneckerTransform(
-        lib.nn.KroneckerLinear, bias=bias, psd=psd
-    )
-
-
-def dictionary(lib, model):
-    """A module's and a parameter's transforms; the others are updated by plain SGD."""
-    params = list(model.parameters())
-    first = next(m for m in model.modules() if m._parameters)
-    kron = lib.optim.KroneckerTransform(lib.nn.KroneckerLinear)
-    return lib.optim.transforms.TransformDictionary(
-        {first: kron, params[-2]: lib.optim.MetaCurvatureTransform}
-    )
-
-
-def mixture(lib, model):
-    """Every kind of transform in one learner."""
-    makers = [TRANSFORMS[k] for k in ("kron-psd", "curvature", "scale", "user", "kron-bias")]
-    made = [make(lib, model) for make in makers]
-    chosen = {id(p): made[i % len(made)] for i, p in enumerate(model.parameters())}
-    return lambda p: chosen[id(p)](p)
-
-
-TRANSFORMS = {
-    "kron": kronecker(False, False),
-    "kron-bias": kronecker(False, True),
-    "kron-psd": kronecker(True, False),
-    "kron-psd-bias": kronecker(True, True),
-    "curvature": lambda lib, model: lib.optim.MetaCurvatureTransform,
-    "curvature-lr": lambda lib, model: lambda p: lib.optim.MetaCurvatureTransform(p, lr=0.7),
-    "module": lambda lib, model: lib.optim.ModuleTransform(nn.Linear),
-    "dictionary": dictionary,
-    "scale": lambda lib, model: lambda p: lib.nn.Scale(p.shape),
-    "user": lambda lib, model: Squash,
-    "none": lambda lib, model: lambda p: None,
-    "mixture": mixture,
-}
 OPTIONS = {
     "second": {},
     "first": {"first_order": True},
@@ -134,9 +86,9 @@ def oracle(name, transform, **options):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "lstm"])
 def test_equals_learn2learn(name, transform, options):
-    if transform == "none" and options.get("adapt_transform"):
-        pytest.skip("there is nothing to adapt")
     learner = learner_of(fastkfo, name, transform, **options)
+    if transform == "none":  # with nothing to adapt, learn2learn's adapt_transform crashes
+        options = {**options, "adapt_transform": False}
     assert_same(meta_iteration(learner, name), oracle(name, transform, **options))
 
 
@@ -335,3 +287,76 @@ def test_a_learned_rate(kind, options):
             sum(meta_iteration(learner_with(LR + e)[0], "mlp").losses) for e in (eps, -eps)
         )
         assert_close(learner.lr.grad, (up - down) / (2 * eps), tol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("how", ["function", "method", "inside"])
+def test_compiled_models(how):
+    model = build("mlp")
+    if how == "method":
+        model.compile()
+    elif how == "inside":
+        model[0].compile()
+    else:
+        model = torch.compile(model)
+    with pytest.raises(TypeError, match="module: expected a module of plain PyTorch, got a compiled"):
+        fastkfo.algorithms.GBML(model, lambda p: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
+        ({"lr": "1"}, TypeError, "lr: expected a number or a tensor, got str"),
+        ({"module": 3}, TypeError, r"module: expected a torch\.nn\.Module, got int"),
+        ({"adapt_update": True}, TypeError, "unexpected keyword arguments .'adapt_update'"),
+    ],
+    ids=["nan", "str", "module", "keyword"],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        fastkfo.algorithms.GBML(**{"module": build("mlp"), "transform": lambda p: None, **options})
+
+
+def test_integer_parameters():
+    model = build("mlp")
+    model.register_parameter("count", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    for transform in ("kron", "curvature", "module"):
+        with pytest.raises(TypeError, match=r"param: expected .*floating.* got torch\.int64"):
+            fastkfo.algorithms.GBML(model, TRANSFORMS[transform](fastkfo, model))
+
+
+BAD_LOSSES = {
+    "number": (lambda m: 0.5, TypeError, "loss: expected a tensor, got float"),
+    "vector": (lambda m: m(task("frozen")[0])[0], ValueError, r"loss: expected one number.*\[3\]"),
+    "detached": (lambda m: m(task("frozen")[0]).sum().detach(), ValueError, "with a graph"),
+    "frozen": (lambda m: support_loss(m, "frozen"), RuntimeError, "allow_nograd=True"),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_LOSSES.values(), ids=BAD_LOSSES)
+@pytest.mark.parametrize("transform", ["kron-psd", "user"])
+def test_bad_losses_leave_the_learner_alone(transform, bad, error, message, options):
+    clone = learner_of(fastkfo, "frozen", transform, **options).clone()
+    good = {"allow_nograd": True, "allow_unused": True}
+    for _ in range(2):  # the second time with a transform that is adapted
+        before = snapshot(clone)
+        with pytest.raises(error, match=message):
+            clone.adapt(bad(clone))
+        assert snapshot(clone)[:2] == before[:2]
+        clone.adapt(support_loss(clone, "frozen"), **good)
+        assert snapshot(clone)[0] != before[0]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_unused_parameter_without_the_option(options):
+    clone = learner_of(fastkfo, "unused", "kron-psd", **options).clone()
+    for _ in range(2):
+        before = snapshot(clone)
+        with pytest.raises(RuntimeError, match="allow_unused=True"):
+            clone.adapt(support_loss(clone, "unused"))
+        assert snapshot(clone)[:2] == before[:2]
+        clone.adapt(support_loss(clone, "unused"), allow_unused=True)

@@ -41,10 +41,20 @@ struct Vector {
   static FASTKFO_INLINE void store(S* p, type v) { std::memcpy(p, &v, BYTES); }
 };
 
+// Where a product goes. Rows shorter than their vectors may run over into the next row, if that is
+// written later (`overlap`), up to `end`.
+template <class S>
+struct Target {
+  S* data;
+  int64_t row;
+  bool accumulate, overlap;
+  const S* end;
+};
+
 // C [MR, cols] (+)= A [MR, inner] B [inner, NV vectors], cols <= NV * width.
 template <class S, int BYTES, int MR, int NV>
 FASTKFO_INLINE void tile(int64_t inner, const S* a, int64_t a_row, int64_t a_col, const S* b,
-                         int64_t b_row, S* c, int64_t c_row, int64_t cols, bool accumulate) {
+                         int64_t b_row, const Target<S>& c, int64_t first_row, int64_t cols) {
   using V = Vector<S, BYTES>;
   typename V::type acc[MR][NV] = {};
   for (int64_t k = 0; k < inner; ++k) {
@@ -55,35 +65,31 @@ FASTKFO_INLINE void tile(int64_t inner, const S* a, int64_t a_row, int64_t a_col
       for (int v = 0; v < NV; ++v) acc[r][v] += left * right[v];
     }
   }
-  if (cols == NV * V::width) {
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v) {
-        S* to = c + r * c_row + v * V::width;
-        V::store(to, accumulate ? V::load(to) + acc[r][v] : acc[r][v]);
-      }
-    return;
-  }
-  S row[NV * V::width];
+  S* out = c.data + first_row * c.row;
   for (int r = 0; r < MR; ++r) {
-    for (int v = 0; v < NV; ++v) V::store(row + v * V::width, acc[r][v]);
-    S* to = c + r * c_row;
-    for (int64_t j = 0; j < cols; ++j) to[j] = accumulate ? to[j] + row[j] : row[j];
+    S* to = out + r * c.row;
+    if (cols == NV * V::width || (c.overlap && to + NV * V::width <= c.end)) {
+      for (int v = 0; v < NV; ++v) {
+        S* at = to + v * V::width;
+        V::store(at, c.accumulate ? V::load(at) + acc[r][v] : acc[r][v]);
+      }
+    } else {
+      S row[NV * V::width];
+      for (int v = 0; v < NV; ++v) V::store(row + v * V::width, acc[r][v]);
+      for (int64_t j = 0; j < cols; ++j) to[j] = c.accumulate ? to[j] + row[j] : row[j];
+    }
   }
 }
 
 // All rows of one panel of columns, in tiles of MR rows, then of MR / 2, and so on.
 template <class S, int BYTES, int MR, int NV>
-FASTKFO_INLINE void panel(int64_t rows, int64_t inner, const S* a, int64_t a_row, int64_t a_col,
-                          const S* b, int64_t b_row, S* c, int64_t c_row, int64_t cols,
-                          bool accumulate) {
-  int64_t i = 0;
+FASTKFO_INLINE void panel(int64_t first_row, int64_t rows, int64_t inner, Matrix<S> a, const S* b,
+                          int64_t b_row, const Target<S>& c, int64_t cols) {
+  int64_t i = first_row;
   for (; i + MR <= rows; i += MR)
-    tile<S, BYTES, MR, NV>(inner, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row,
-                           cols, accumulate);
+    tile<S, BYTES, MR, NV>(inner, a.data + i * a.row, a.row, a.col, b, b_row, c, i, cols);
   if constexpr (MR > 1)
-    if (i < rows)
-      panel<S, BYTES, MR / 2, NV>(rows - i, inner, a + i * a_row, a_row, a_col, b, b_row,
-                                  c + i * c_row, c_row, cols, accumulate);
+    if (i < rows) panel<S, BYTES, MR / 2, NV>(i, rows, inner, a, b, b_row, c, cols);
 }
 
 // The columns [0, cols) of B as rows of `width` numbers, the missing ones zero.
@@ -103,15 +109,17 @@ FASTKFO_INLINE void pack(int64_t inner, int64_t cols, int64_t width, Matrix<S> b
 
 template <class S, int BYTES, int MR>
 FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a,
-                               Matrix<S> b, S* c, bool accumulate, S* packed) {
+                               Matrix<S> b, S* c, int64_t c_row, bool accumulate, S* packed) {
   constexpr int width = Vector<S, BYTES>::width;
   const int64_t vectors = (cols + width - 1) / width;
   const int64_t panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+  const bool overlap = panels == 1 && !accumulate && c_row == cols;
   int64_t first = 0;  // vector
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t last = vectors * (p + 1) / panels;  // panels of equal size, not 3 + 3 + 1
     const int64_t nv = last - first, j = first * width;
     const int64_t n = std::min(cols - j, nv * width);
+    const Target<S> to{c + j, c_row, accumulate, overlap, c + rows * c_row};
     const S* right = b.data + j * b.col;
     int64_t right_row = b.row;
     if (b.col != 1 || n < nv * width) {
@@ -120,14 +128,11 @@ FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix
       right_row = nv * width;
     }
     if (nv == 1)
-      panel<S, BYTES, MR, 1>(rows, inner, a.data, a.row, a.col, right, right_row, c + j, cols, n,
-                             accumulate);
+      panel<S, BYTES, MR, 1>(0, rows, inner, a, right, right_row, to, n);
     else if (nv == 2)
-      panel<S, BYTES, MR, 2>(rows, inner, a.data, a.row, a.col, right, right_row, c + j, cols, n,
-                             accumulate);
+      panel<S, BYTES, MR, 2>(0, rows, inner, a, right, right_row, to, n);
     else
-      panel<S, BYTES, MR, 3>(rows, inner, a.data, a.row, a.col, right, right_row, c + j, cols, n,
-                             accumulate);
+      panel<S, BYTES, MR, 3>(0, rows, inner, a, right, right_row, to, n);
     first = last;
   }
 }
@@ -135,8 +140,8 @@ FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix
 #define FASTKFO_SMALL_GEMM(name, target, bytes, mr)                                           \
   template <class S>                                                                           \
   target void name(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,  \
-                   bool accumulate, S* packed) {                                               \
-    small_gemm<S, bytes, mr>(rows, cols, inner, a, b, c, accumulate, packed);                  \
+                   int64_t c_row, bool accumulate, S* packed) {                                \
+    small_gemm<S, bytes, mr>(rows, cols, inner, a, b, c, c_row, accumulate, packed);           \
   }
 
 #ifdef FASTKFO_X86_TARGETS
@@ -147,7 +152,7 @@ FASTKFO_SMALL_GEMM(small_gemm_v3, __attribute__((target("arch=x86-64-v3"))), 32,
 FASTKFO_SMALL_GEMM(small_gemm_baseline, , 16, 4)
 
 template <class S>
-using SmallGemm = void (*)(int64_t, int64_t, int64_t, Matrix<S>, Matrix<S>, S*, bool, S*);
+using SmallGemm = void (*)(int64_t, int64_t, int64_t, Matrix<S>, Matrix<S>, S*, int64_t, bool, S*);
 
 template <class S>
 SmallGemm<S> best_small_gemm() {
@@ -161,14 +166,14 @@ SmallGemm<S> best_small_gemm() {
 bool blas_available(float) { return sgemm_ != nullptr; }
 bool blas_available(double) { return dgemm_ != nullptr; }
 void blas(const char* ta, const char* tb, int m, int n, int k, const float* a, int lda,
-          const float* b, int ldb, float beta, float* c) {
+          const float* b, int ldb, float beta, float* c, int ldc) {
   const float one = 1;
-  sgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &m);
+  sgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
 }
 void blas(const char* ta, const char* tb, int m, int n, int k, const double* a, int lda,
-          const double* b, int ldb, double beta, double* c) {
+          const double* b, int ldb, double beta, double* c, int ldc) {
   const double one = 1;
-  dgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &m);
+  dgemm_(ta, tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
 }
 
 // BLAS wants one stride to be 1 and the other to be at least the row's length.
@@ -179,12 +184,13 @@ bool blas_takes(Matrix<S> x, int64_t rows, int64_t cols) {
 
 template <class S>
 void large_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,
-                bool accumulate) {
+                int64_t c_row, bool accumulate) {
   // A row-major product is the column-major product of the transposes in the other order.
   const bool ta = a.col != 1, tb = b.col != 1;
   blas(tb ? "T" : "N", ta ? "T" : "N", static_cast<int>(cols), static_cast<int>(rows),
        static_cast<int>(inner), b.data, static_cast<int>(tb ? b.col : b.row), a.data,
-       static_cast<int>(ta ? a.col : a.row), accumulate ? 1 : 0, c);
+       static_cast<int>(ta ? a.col : a.row), accumulate ? 1 : 0, c,
+       static_cast<int>(c_row));
 }
 
 }  // namespace
@@ -196,19 +202,19 @@ bool gemm_is_large(int64_t rows, int64_t cols, int64_t inner) {
 
 template <class S>
 void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,
-          bool accumulate, Scratch<S>& scratch) {
+          int64_t c_row, bool accumulate, Scratch<S>& scratch) {
   if (rows == 0 || cols == 0) return;
   if (inner > 0 && gemm_is_large(rows, cols, inner) && blas_available(S{}) &&
       blas_takes(a, rows, inner) && blas_takes(b, inner, cols))
-    return large_gemm(rows, cols, inner, a, b, c, accumulate);
+    return large_gemm(rows, cols, inner, a, b, c, c_row, accumulate);
   static const SmallGemm<S> kernel = best_small_gemm<S>();
   constexpr int64_t widest = kMaxVectors * 64 / sizeof(S);
-  kernel(rows, cols, inner, a, b, c, accumulate, scratch.take(inner * widest));
+  kernel(rows, cols, inner, a, b, c, c_row, accumulate, scratch.take(inner * widest));
 }
 
-template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float*, bool,
-                          Scratch<float>&);
+template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float*,
+                          int64_t, bool, Scratch<float>&);
 template void gemm<double>(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double*,
-                           bool, Scratch<double>&);
+                           int64_t, bool, Scratch<double>&);
 
 }  // namespace fastkfo::cpu

@@ -1,6 +1,8 @@
 // gram, gram_vjp, gram_jvp: the products that make factors positive semi-definite, for every
 // factor of a learner in one call. Closed under differentiation: each one's derivatives are calls
 // of the others (fastkfo/functional/gram.py).
+#include <algorithm>
+
 #include "cpu/gemm.h"
 #include "cpu/operand.h"
 #include "cpu/parallel.h"
@@ -36,8 +38,18 @@ template <class S, class T>
 void gram_one(const Factor<T>& f, Scratch<S>& scratch) {
   const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
   S* to = scratch.take(f.n * f.n);
-  gemm<S>(f.n, f.n, f.rows, l.t(), l, to, false, scratch);
-  store(to, f.n * f.n, f.out);
+  // The result is symmetric: blocks of rows from the diagonal on, then the mirror image.
+  constexpr int64_t block = 48;
+  for (int64_t i = 0; i < f.n; i += block) {
+    const int64_t rows = std::min(block, f.n - i);
+    const Matrix<S> left{l.data + i, 1, f.n};
+    gemm<S>(rows, f.n - i, f.rows, left, {l.data + i, f.n, 1}, to + i * f.n + i, f.n, false,
+            scratch);
+  }
+  for (int64_t i = 0; i < f.n; ++i) {
+    for (int64_t j = 0; j < i; ++j) f.out[i * f.n + j] = static_cast<T>(to[j * f.n + i]);
+    for (int64_t j = i; j < f.n; ++j) f.out[i * f.n + j] = static_cast<T>(to[i * f.n + j]);
+  }
 }
 
 template <class S, class T>
@@ -48,7 +60,7 @@ void gram_vjp_one(const Factor<T>& f, Scratch<S>& scratch) {
   for (int64_t i = 0; i < f.n; ++i)
     for (int64_t j = 0; j < f.n; ++j) sum[i * f.n + j] = v.data[i * f.n + j] + v.data[j * f.n + i];
   S* to = scratch.take(f.rows * f.n);
-  gemm<S>(f.rows, f.n, f.n, l, {sum, f.n, 1}, to, false, scratch);
+  gemm<S>(f.rows, f.n, f.n, l, {sum, f.n, 1}, to, f.n, false, scratch);
   store(to, f.rows * f.n, f.out);
 }
 
@@ -57,7 +69,7 @@ void gram_jvp_one(const Factor<T>& f, Scratch<S>& scratch) {
   const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
   const Matrix<S> d = load<S>(f.partner, f.rows, f.n, scratch);
   S* half = scratch.take(f.n * f.n);
-  gemm<S>(f.n, f.n, f.rows, l.t(), d, half, false, scratch);
+  gemm<S>(f.n, f.n, f.rows, l.t(), d, half, f.n, false, scratch);
   for (int64_t i = 0; i < f.n; ++i)
     for (int64_t j = 0; j < f.n; ++j)
       f.out[i * f.n + j] = static_cast<T>(half[i * f.n + j] + half[j * f.n + i]);

@@ -37,11 +37,11 @@ class UnitSteps {
 
   // [n, b m] (+)= A [n, n] x [n, b m]
   void times_left(Matrix<S> a, const S* x, S* to, bool accumulate = false) {
-    gemm<S>(n, cols, n, a, {x, cols, 1}, to, accumulate, scratch_);
+    gemm<S>(n, cols, n, a, {x, cols, 1}, to, cols, accumulate, scratch_);
   }
   // [n b, m] (+)= x [n b, m] C [m, m]
   void times_right(const S* x, Matrix<S> c, S* to, bool accumulate = false) {
-    gemm<S>(n * batch, m, m, {x, m, 1}, c, to, accumulate, scratch_);
+    gemm<S>(n * batch, m, m, {x, m, 1}, c, to, m, accumulate, scratch_);
   }
   const S* left_product(const Operand<T, 3>& a, const S* x, bool transposed = false) {
     if (!a) return x;
@@ -57,10 +57,10 @@ class UnitSteps {
   }
   // [n, n] (+)= x y^T and [m, m] (+)= x^T y, both summed over the batch
   void left_outer(const S* x, const S* y, S* to, bool accumulate = false) {
-    gemm<S>(n, n, cols, {x, cols, 1}, {y, 1, cols}, to, accumulate, scratch_);
+    gemm<S>(n, n, cols, {x, cols, 1}, {y, 1, cols}, to, n, accumulate, scratch_);
   }
   void right_outer(const S* x, const S* y, S* to, bool accumulate = false) {
-    gemm<S>(m, m, n * batch, {x, 1, m}, {y, m, 1}, to, accumulate, scratch_);
+    gemm<S>(m, m, n * batch, {x, 1, m}, {y, m, 1}, to, m, accumulate, scratch_);
   }
   // [n, m] = the sum of x [n, b, m] over the batch
   void sum_batch(const S* x, S* to) {

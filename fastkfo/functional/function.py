@@ -33,9 +33,11 @@ def with_eager_form(function: type[Function]) -> type[Function]:
 
 def apply(function: Any, *args: Any) -> Any:
     """Apply the form of a Function that the surroundings need."""
-    if torch.compiler.is_compiling() and not _differentiated(args):
-        return function.forward(*args)  # Dynamo would pass a ctx to a forward that takes any number
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if not _differentiated(args):
+            return function.forward(*args)  # Dynamo would pass a ctx to a forward of any arity
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return function.eager(*args)
 
@@ -44,6 +46,15 @@ def _differentiated(args: Any) -> bool:
     return torch.is_grad_enabled() and any(
         [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
     )
+
+
+def _distinct(args: Any) -> list[Any]:
+    """The arguments as Dynamo takes them: no tensor twice."""
+    out: list[Any] = []
+    for x in args:
+        twice = isinstance(x, torch.Tensor) and any([x is y for y in out])
+        out.append(x.view_as(x) if twice else x)
+    return out
 
 
 def batched_first(x: torch.Tensor, in_dim: int | None, size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,34 +102,62 @@ class GramCache:
 
 
 class KroneckerStep:
-    """One step of a clone whose transforms are all Kronecker, ready to be taken again.
+    """The step of a clone whose transforms are all Kronecker, ready to be taken again.
 
     Between the steps of a clone only θ and its gradient change. `matches` makes sure of that, at a
     fraction of what gathering the operands costs.
     """
 
-    def __init__(self, transforms: list[Any], items: Items, factors: list[Tensor], lr: Rate) -> None:
-        groups = [items.groups[bit] for bit in (LEFT, RIGHT, BIAS, SCALE)]
-        groups = [g if any([x is not None for x in g]) else [] for g in groups]
-        self.transforms, self.lr, self.factors = transforms, lr, factors
-        self.dims, self.alpha = tuple(items.dims), tuple(items.alpha)
-        self.present = PARAM | GRAD
-        for bit, group in zip((LEFT, RIGHT, BIAS, SCALE), groups, strict=True):
-            self.present |= bit if group else 0
-        self.operands = [x for group in groups for x in group]
-        self.parts = [
-            (t, t._modules["transform"], t._modules["transform"]._parameters) for t in transforms
-        ]
-        self.raw = [x for _, _, own in self.parts for x in own.values()]
+    @staticmethod
+    def of(
+        transforms: Sequence[Any], grads: Sequence[Any], lr: Rate, cache: GramCache
+    ) -> KroneckerStep | None:
+        """The step, or None where it is not Kronecker alone, or not one native call."""
+        if not transforms or isinstance(lr, (Tensor, list, tuple)) or _global_hooks():
+            return None
+        parts = []
+        for transform, grad in zip(transforms, grads, strict=True):
+            if transform is None or grad is None or _kind(transform) != "reshaped":
+                return None
+            part = _kronecker_part(transform, grad)
+            if part is None or part.left.dtype != grads[0].dtype:
+                return None
+            parts.append(part)
+        if len(by_dtype_and_device(grads)) > 1:
+            return None
+        if select("auto", grads[0].device) != "native":
+            return None
+        return KroneckerStep(transforms, parts, lr, cache)
+
+    def __init__(
+        self, transforms: Sequence[Any], parts: list[KroneckerPart], lr: Rate, cache: GramCache
+    ) -> None:
+        self.transforms, self.lr, self.parts = list(transforms), lr, parts
+        self.linears = [t._modules["transform"] for t in transforms]
+        self.own = [linear._parameters for linear in self.linears]
+        self.raw = [x for own in self.own for x in own.values()]
+        self.dims = tuple([d for part in parts for d in part.dims])
+        self.alpha = (-float(lr),) * len(parts)
+        left, right = [part.left for part in parts], [part.right for part in parts]
+        psd = [k for k, part in enumerate(parts) if part.psd]
+        self.factors = [left[k] for k in psd] + [right[k] for k in psd]
+        if psd:
+            squares = cache.get(self.factors)
+            for k, x, y in zip(psd, squares[: len(psd)], squares[len(psd) :], strict=True):
+                left[k], right[k] = x, y
+        bias = [part.bias for part in parts]
+        with_bias = any([x is not None for x in bias])
+        self.present = PARAM | GRAD | LEFT | RIGHT | (BIAS if with_bias else 0)
+        self.operands = [*left, *right, *(bias if with_bias else ())]
 
     def matches(self, transforms: Sequence[Any], lr: Rate, cache: GramCache) -> bool:
-        """Whether the same step would be gathered anew."""
-        if isinstance(lr, Tensor):
+        """Whether the same step would be made anew."""
+        if isinstance(lr, Tensor) or lr != self.lr:
             return False
-        if self.transforms != transforms or lr != self.lr or _global_hooks():
+        if self.transforms != transforms or _global_hooks():
             return False
-        raw = []
-        for transform, linear, own in self.parts:
+        raw: list[Any] = []
+        for transform, linear, own in zip(self.transforms, self.linears, self.own, strict=True):
             if transform._modules["transform"] is not linear or linear._parameters is not own:
                 return False
             if not (_plain(transform) and _plain(linear)):
@@ -284,10 +312,11 @@ def updated_parameters(
             f"parameters: expected {len(transforms)}, one per transform, got {len(params)}"
         )
     whole = not any([g is None for g in grads])  # not `None in grads`, which compares tensors
-    if cache is not None and cache.step is not None and whole:
-        if cache.step.matches(transforms, lr, cache):
+    if cache is not None and whole:
+        if cache.step is None or not cache.step.matches(transforms, lr, cache):
+            cache.step = KroneckerStep.of(transforms, grads, lr, cache)
+        if cache.step is not None:
             return cache.step.take(params, grads)
-        cache.step = None
     items, simple = _gather(transforms, grads, lr)
     new = list(params)
     for i, grad, alpha, scale in simple:
@@ -297,21 +326,7 @@ def updated_parameters(
         items.groups[PARAM] = [params[i] for i in items.index]
         for i, result in zip(items.index, items.run(), strict=True):
             new[i] = result
-    if cache is not None and _repeats(items, transforms, lr):
-        cache.step = KroneckerStep(list(transforms), items, cache.factors if items.psd else [], lr)
     return new
-
-
-def _repeats(items: Items, transforms: Sequence[nn.Module | None], lr: Rate) -> bool:
-    """Whether the next step may be a `KroneckerStep`: one native call with Kronecker items only."""
-    grads = items.groups[GRAD]
-    return (
-        len(items.index) == len(transforms) > 0
-        and all([t is not None and _kind(t) == "reshaped" for t in transforms])
-        and not isinstance(lr, Tensor)
-        and len(by_dtype_and_device(grads)) == 1
-        and select("auto", grads[0].device) == "native"
-    )
 
 
 # Without factors there is nothing to fuse that one elementwise op of PyTorch does not do.
@@ -353,7 +368,9 @@ def _gather(
             simple.append((i, grad, alpha, scale))
             continue
         kind = None if hooked else _kind(transform)
-        if kind == "reshaped" and _add_kronecker(items, i, alpha, grad, transform, scale):
+        part = _kronecker_part(transform, grad) if kind == "reshaped" else None
+        if part is not None:
+            items.add(i, part.dims, alpha, grad, part.left, part.right, part.bias, scale, part.psd)
             continue
         own = _own_scale(transform, kind, grad)
         if own is not None:
@@ -411,25 +428,33 @@ def _rate_scale(rate: Tensor, grad: Tensor, index: int) -> Tensor:
         ) from None
 
 
-def _add_kronecker(
-    items: Items, i: int, alpha: float, grad: Tensor, reshaped: nn.Module, scale: Tensor | None
-) -> bool:
-    """Add the item of a `ReshapedTransform(KroneckerLinear)`; False if it is none."""
+class KroneckerPart(NamedTuple):
+    """The operands of a `ReshapedTransform(KroneckerLinear)` for one gradient."""
+
+    dims: tuple[int, int, int, int]
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None
+    psd: bool
+
+
+def _kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
+    """The operands, or None where the module is another one or does more."""
     linear: Any = reshaped._modules["transform"]
     if linear is None or _kind(linear) != "kronecker":
-        return False
+        return None
     factors = linear._parameters
-    left, right, bias = factors.get("left"), factors.get("right"), factors.get("bias")
-    if left is None or right is None or (bias is None and linear.bias is not None):
-        return False  # made a buffer or a plain attribute, say to freeze it
+    left, right = factors["left"], factors["right"]
     n, m = left.shape[0], right.shape[0]
-    if tuple(reshaped.in_shape) != (-1, n, m) or grad.numel() % max(1, n * m):  # type: ignore[arg-type]
-        return False
-    if linear.device is not None and torch.device(linear.device).type != grad.device.type:
-        return False  # it moves the gradient to a device of its own
-    batch = grad.numel() // (n * m) if n * m else math.prod(grad.shape[:-2])
-    items.add(i, (1, batch, n, m), alpha, grad, left, right, bias, scale, linear.psd)
-    return True
+    size, shape = n * m, reshaped.in_shape
+    if len(shape) != 3 or shape[0] != -1 or shape[1] != n or shape[2] != m:  # type: ignore[arg-type, index]
+        return None
+    if linear.device is not None and left.device != grad.device:
+        return None  # it moves the gradient to a device of its own
+    batch = grad.numel() // size if size else math.prod(grad.shape[:-2])
+    if batch * size != grad.numel():
+        return None
+    return KroneckerPart((1, batch, n, m), left, right, factors.get("bias"), linear.psd)
 
 
 def _called(transform: nn.Module, grad: Tensor, index: int) -> Tensor:
