@@ -120,7 +120,11 @@ CASES = [
     Case("conv_8x3x3x3", (Item((8, 3, 3, 3)), Item((8,), right=None)), psd=True),
     Case("conv_33x5x9", (Item((33, 5, 9), scale=(1,)),)),
     Case("five_axes", (Item((2, 2, 3, 3, 2)), Item((2, 3, 2, 1, 3), None, None, None))),
-    Case("ragged", (Item((5, 3)), Item((5,), right=None), Item((4, 5, 3, 3)), Item((2, 4), None)), True),
+    Case(
+        "ragged",
+        (Item((5, 3)), Item((5,), right=None), Item((4, 5, 3, 3)), Item((2, 4), None)),
+        True,
+    ),
     Case("psd_tall", (Item((6, 4), rows=9), Item((2, 4, 5), rows=7)), psd=True),
     Case("psd_wide", (Item((6, 4), rows=2), Item((6, 4), rows=1, tasks=3, right=_T)), psd=True),
     Case("psd_no_rows", (Item((3, 4), rows=0),), psd=True),
@@ -137,7 +141,9 @@ CASES = [
     Case("tasks_no_axis_in_grad", (Item((4, 5), _T, None, None, tasks=3, param=(4, 5)),)),
     Case("tasks_vector", (Item((6,), _T, None, _T, tasks=2),)),
     Case("tasks_shared_param", (Item((3, 4, 5), _T, _T, None, tasks=3, param=(4, 5)),), psd=True),
-    Case("param_broadcast", (Item((3, 4, 5), param=(5,)), Item((2, 3), None, None, None, param=(1,)))),
+    Case(
+        "param_broadcast", (Item((3, 4, 5), param=(5,)), Item((2, 3), None, None, None, param=(1,)))
+    ),
     Case("scale_row", (Item((3, 4, 5), scale=(5,)), Item((4, 5), scale=(4, 1)))),
     Case("scale_one", (Item((3, 4), scale=()), Item((3, 4), scale=(1, 1)), Item((3,), scale=(1,)))),
     *(
@@ -303,7 +309,9 @@ def _dense_item(grad, left, right, bias, scale, psd):
     for t in range(outer):
         a, c, g = factor(left, t, n), factor(right, t, m), rows[t]
         if 0 < n * m <= 64:
-            u = (torch.kron(a, c.T.contiguous()) @ g.reshape(batch, n * m).T).T.reshape(batch, n, m)
+            u = (
+                torch.kron(a.contiguous(), c.T.contiguous()) @ g.reshape(batch, n * m).T
+            ).T.reshape(batch, n, m)
         else:
             u = torch.einsum("ij,bjk,kl->bil", a, g, c)
         out.append(u if bias is None else u + of_task(bias, t))
@@ -311,19 +319,23 @@ def _dense_item(grad, left, right, bias, scale, psd):
     return u if scale is None else u * scale
 
 
-def derivatives(outputs: Sequence[Tensor], inputs: Sequence[Tensor], order: int) -> list[Tensor]:
+def derivatives(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], order: int, absolute: bool = False
+) -> list[Tensor]:
     """The gradients of random combinations of the outputs, and theirs, up to `order`.
 
-    What the result does not depend on has a gradient of zeros.
+    What the result does not depend on has a gradient of zeros. With `absolute`, the combinations
+    have positive coefficients.
     """
     generator = torch.Generator().manual_seed(1)
     results: list[Tensor] = []
     current, wrt = list(outputs), list(inputs)
     for k in range(order):
         seeds = [
-            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x).requires_grad_()
+            torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x)
             for x in current
         ]
+        seeds = [(s.abs() if absolute else s).requires_grad_() for s in seeds]
         total = sum((x * s).sum() for x, s in zip(current, seeds, strict=True))
         # Derivatives are linear in the seeds: from the second on these are inputs like others.
         given = torch.autograd.grad(
@@ -334,11 +346,24 @@ def derivatives(outputs: Sequence[Tensor], inputs: Sequence[Tensor], order: int)
     return results
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Normwise: `|actual − expected| ≤ tolerance · |expected|`; shapes must agree."""
+def magnitudes(x: Operands, order: int) -> list[Tensor]:
+    """`dense_update` and its derivatives with every summand positive: what errors scale with."""
+    x = x.dense().map(torch.abs)
+    rates = [-rate for rate in x.rates()]
+    x.lr = rates if isinstance(x.lr, list) else rates[0]
+    x = x.map(lambda t: t.detach().requires_grad_())
+    out = x.update(dense_update)
+    return [*out, *derivatives(out, x.tensors(), order, absolute=True)]
+
+
+def assert_near(
+    actual: Tensor, expected: Tensor, tolerance: float, name: str = "", scale: Tensor | None = None
+) -> None:
+    """Normwise: `|actual − expected| ≤ tolerance · |scale or expected|`; shapes must agree."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape} for {expected.shape}"
     if actual.numel() == 0:
         return
     wanted = expected.detach().double()
     error = (actual.detach().double() - wanted).norm().item()
-    assert error <= tolerance * max(wanted.norm().item(), 1e-3), f"{name}: error {error:.3e}"
+    size = (wanted if scale is None else scale).norm().item()
+    assert error <= tolerance * max(size, 1e-3), f"{name}: error {error:.3e} of {size:.3e}"

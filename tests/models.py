@@ -64,7 +64,9 @@ def _mlp():
 
 
 def _frozen():
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES)
+    )
     model[2].weight.requires_grad_(False)
     model[4].bias.requires_grad_(False)
     return model
@@ -218,6 +220,13 @@ TRANSFORMS = {
     "none": lambda lib, model: lambda p: None,
     "mixture": mixture,
 }
+
+
+def learner_of(lib, name, transform, olib=None, **options):
+    """A perturbed GBML of one library with the transforms of another."""
+    model = build(name)
+    made = TRANSFORMS[transform](olib or lib, model)
+    return perturb(lib.algorithms.GBML(model, made, lr=LR, **options).double())
 
 
 class Outcome(NamedTuple):

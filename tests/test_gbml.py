@@ -15,6 +15,7 @@ from tests.models import (
     assert_same,
     build,
     collect,
+    learner_of,
     meta_iteration,
     perturb,
     query_loss,
@@ -33,13 +34,6 @@ OPTIONS = {
     "second-adapt": {"adapt_transform": True},
     "first-adapt": {"first_order": True, "adapt_transform": True},
 }
-
-
-def learner_of(lib, name, transform, olib=None, **options):
-    """A perturbed GBML of one library with the transforms of another."""
-    model = build(name)
-    made = TRANSFORMS[transform](olib or lib, model)
-    return perturb(lib.algorithms.GBML(model, made, lr=LR, **options).double())
 
 
 def first_order_with_adapted_transform(learner, name, lr=LR):
@@ -283,13 +277,11 @@ def test_a_learned_rate(kind, options):
         assert_same(got, meta_iteration(other, "mlp"))
         assert_close(learner.lr.grad, other.lr.grad)
         eps = 1e-5
-        up, down = (
-            sum(meta_iteration(learner_with(LR + e)[0], "mlp").losses) for e in (eps, -eps)
-        )
+        up, down = (sum(meta_iteration(learner_with(LR + e)[0], "mlp").losses) for e in (eps, -eps))
         assert_close(learner.lr.grad, (up - down) / (2 * eps), tol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("how", ["function", "method", "inside"])
@@ -301,7 +293,9 @@ def test_compiled_models(how):
         model[0].compile()
     else:
         model = torch.compile(model)
-    with pytest.raises(TypeError, match="module: expected a module of plain PyTorch, got a compiled"):
+    with pytest.raises(
+        TypeError, match="module: expected a module of plain PyTorch, got a compiled"
+    ):
         fastkfo.algorithms.GBML(model, lambda p: None)
 
 

@@ -129,7 +129,9 @@ def test_gradcheck(case, implementation, device):
 
     def update(*tensors):
         given = iter(tensors)
-        return tuple(x.map(lambda _: next(given)).update(kron_update, implementation=implementation))
+        return tuple(
+            x.map(lambda _: next(given)).update(kron_update, implementation=implementation)
+        )
 
     tensors = [t.detach().requires_grad_() for t in x.tensors()]
     assert torch.autograd.gradcheck(update, tensors)

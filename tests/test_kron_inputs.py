@@ -31,7 +31,11 @@ def t(*shape, **options):
 
 WRONG = {
     # shapes
-    "params_shape": ({"params": [t(2, 3, 4)]}, ValueError, r"params\[0\].*\[2, 3, 5\].*\[2, 3, 4\]"),
+    "params_shape": (
+        {"params": [t(2, 3, 4)]},
+        ValueError,
+        r"params\[0\].*\[2, 3, 5\].*\[2, 3, 4\]",
+    ),
     "params_wider": ({"params": [t(7, 2, 3, 5)]}, ValueError, r"params\[0\].*broadcasts"),
     "grads_shape": ({"grads": [t(2, 4, 5)]}, ValueError, r"left\[0\].*\[3, 3\]"),
     "grads_scalar": ({"grads": [t(())]}, ValueError, r"grads\[0\].*scalar"),
@@ -52,7 +56,11 @@ WRONG = {
     "lr_shape": ({"lr": t(4), "scale": None}, ValueError, r"lr\[0\].*\[4\]"),
     "lr_shape_with_scale": ({"lr": t(4)}, ValueError, r"lr: .*scale\[0\].*\[4\]"),
     # dtypes
-    "params_dtype": ({"params": [t(2, 3, 5).double()]}, TypeError, r"params\[0\].*float32.*float64"),
+    "params_dtype": (
+        {"params": [t(2, 3, 5).double()]},
+        TypeError,
+        r"params\[0\].*float32.*float64",
+    ),
     "left_dtype": ({"left": [t(3, 3).half()]}, TypeError, r"left\[0\].*float32.*float16"),
     "bias_dtype": ({"bias": [t(3, 5).bfloat16()]}, TypeError, r"bias\[0\].*float32.*bfloat16"),
     "lr_dtype": ({"lr": t(5).double()}, TypeError, r"lr \* scale\[0\].*float32.*float64"),

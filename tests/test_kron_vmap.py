@@ -209,7 +209,9 @@ def test_batched_gradients_of_plain_autograd(implementation):
 def test_second_order_maml_under_vmap(implementation):
     """The use it is for: vmap over tasks of a meta-gradient through two inner steps."""
     torch.manual_seed(1)
-    w, a, c, b = (torch.randn(s, dtype=torch.float64) * 0.5 for s in ((4, 3), (4, 4), (3, 3), (4, 3)))
+    w, a, c, b = (
+        torch.randn(s, dtype=torch.float64) * 0.5 for s in ((4, 3), (4, 4), (3, 3), (4, 3))
+    )
     x, y = torch.randn(5, 6, 3, dtype=torch.float64), torch.randn(5, 6, 4, dtype=torch.float64)
 
     def meta_loss(op, options, w, a, c, b, x, y):

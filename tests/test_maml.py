@@ -35,7 +35,9 @@ def both(name, clone=None, adapt=None, **options):
 
 
 @ORDERS
-@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm", "gru", "tied", "conv1d", "conv3d", "scalar"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "lstm", "gru", "tied", "conv1d", "conv3d", "scalar"]
+)
 def test_equals_learn2learn(name, first_order):
     assert_same(*both(name, first_order=first_order))
 
@@ -127,7 +129,7 @@ def test_copies_train_alone():
         assert not torch.equal(saved[0], next(other.parameters()))
 
 
-# --------------------------------------------------------------------------------------- maml_update
+# -------------------------------------------------------------------------------------- maml_update
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "lstm"])
@@ -164,7 +166,7 @@ def test_maml_update_reads_the_parameters_own_gradients():
         assert_close(a, b, tol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,9 @@ def test_compiled_models(how):
         model[0].compile()
     else:
         model = torch.compile(model)
-    with pytest.raises(TypeError, match="model: expected a module of plain PyTorch, got a compiled"):
+    with pytest.raises(
+        TypeError, match="model: expected a module of plain PyTorch, got a compiled"
+    ):
         MAML(model, LR)
 
 
@@ -245,9 +249,9 @@ BAD_GRADS = {
     "short": (lambda g: g[:-1], ValueError, "expected 4, one per parameter, got 3"),
     "long": (lambda g: [*g, g[0]], ValueError, "expected 4, one per parameter, got 5"),
     "shape": (lambda g: [g[0].T, *g[1:]], ValueError, r"shape \[7, 4\], got \[4, 7\]"),
-    "dtype": (lambda g: [g[0], g[1].float(), *g[2:]], TypeError, r"torch\.float64.* got torch\.float32"),
+    "dtype": (lambda g: [g[0], g[1].float(), *g[2:]], TypeError, r"got torch\.float32"),
     "device": (lambda g: [g[0].to("meta"), *g[1:]], ValueError, "device cpu, got meta"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_GRADS.values(), ids=BAD_GRADS)
@@ -257,11 +261,9 @@ def test_bad_gradients_leave_the_module_alone(call, change, error, message):
     grads = torch.autograd.grad(support_loss(model, "mlp"), list(model.parameters()))
     update = fastkfo.optim.DifferentiableSGD(LR)
     before = snapshot(model)
+    step = update if call == "sgd" else lambda model, bad: maml_update(model, LR, bad)
     with pytest.raises(error, match=message):
-        if call == "sgd":
-            update(model, change(list(grads)))
-        else:
-            maml_update(model, LR, change(list(grads)))
+        step(model, change(list(grads)))
     assert snapshot(model)[:2] == before[:2]
     x, y, _, _ = task("mlp")
     assert update(model, grads) is None  # it changes the module

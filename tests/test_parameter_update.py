@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 import fastkfo
-from fastkfo.optim import DifferentiableSGD, KroneckerTransform, ParameterUpdate
+from fastkfo.algorithms import GBML
+from fastkfo.optim import (
+    DifferentiableSGD,
+    KroneckerTransform,
+    LearnableOptimizer,
+    ParameterUpdate,
+)
 from tests.models import (
     LR,
     STEPS,
@@ -28,7 +34,9 @@ l2l = learn2learn()
 def script(lib, name, transform, olib=None, adapt_transform=True, **allow):
     """One meta-iteration as the KFO scripts write it."""
     model = build(name)
-    update = lib.optim.ParameterUpdate(model.parameters(), TRANSFORMS[transform](olib or lib, model))
+    update = lib.optim.ParameterUpdate(
+        model.parameters(), TRANSFORMS[transform](olib or lib, model)
+    )
     sgd = lib.optim.DifferentiableSGD(lr=LR)
     root = perturb(nn.ModuleList([model, update]).double())
 
@@ -79,16 +87,16 @@ def test_scripts_with_unused_and_frozen_parameters(name, allow, transform):
 
 
 @pytest.mark.parametrize("transform", ["kron-psd-bias", "curvature", "module"])
-@pytest.mark.parametrize("libs", [(fastkfo, l2l), (l2l, fastkfo)], ids=["theirs-in-ours", "ours-in-theirs"])  # fmt: skip
+@pytest.mark.parametrize(
+    "libs", [(fastkfo, l2l), (l2l, fastkfo)], ids=["theirs-in-ours", "ours-in-theirs"]
+)
 def test_scripts_that_mix_libraries(libs, transform):
     assert_same(script(libs[0], "cnn", transform, libs[1]), script(l2l, "cnn", transform))
 
 
 def test_equals_gbml_with_adapt_transform():
     gbml = perturb(
-        fastkfo.algorithms.GBML(
-            m := build("cnn"), TRANSFORMS["kron-psd"](fastkfo, m), lr=LR, adapt_transform=True
-        )
+        GBML(m := build("cnn"), TRANSFORMS["kron-psd"](fastkfo, m), lr=LR, adapt_transform=True)
     )
 
     def run_task(t):
@@ -146,7 +154,7 @@ def test_parameters_may_be_an_iterator_over_any_iterable():
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 BAD_CALLS = {
@@ -172,7 +180,9 @@ def test_bad_calls(call, error, message):
     assert len(update(support_loss(model, "mlp"), model.parameters())) == 4
 
 
-@pytest.mark.parametrize(("name", "hint"), [("unused", "allow_unused=True"), ("frozen", "allow_nograd=True")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "hint"), [("unused", "allow_unused=True"), ("frozen", "allow_nograd=True")]
+)
 def test_unused_and_frozen_parameters_without_the_option(name, hint, capsys):
     model, update = updater(name)
     with pytest.raises(RuntimeError, match=hint):  # an unbound local in learn2learn
@@ -180,8 +190,12 @@ def test_unused_and_frozen_parameters_without_the_option(name, hint, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("made", [3, "linear", nn.Linear, lambda g: g], ids=["int", "str", "class", "function"])  # fmt: skip
-@pytest.mark.parametrize("use", [ParameterUpdate, fastkfo.optim.LearnableOptimizer, fastkfo.algorithms.GBML], ids=lambda c: c.__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "made", [3, "linear", nn.Linear, lambda g: g], ids=["int", "str", "class", "function"]
+)
+@pytest.mark.parametrize(
+    "use", [ParameterUpdate, LearnableOptimizer, GBML], ids=["update", "optimizer", "gbml"]
+)
 def test_a_transform_that_makes_no_module(use, made):
     model = build("mlp")
     given = model.parameters() if use is ParameterUpdate else model
@@ -189,7 +203,9 @@ def test_a_transform_that_makes_no_module(use, made):
         use(given, lambda p: made)
 
 
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["number", "tensor"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["number", "tensor"]
+)
 def test_differentiable_sgd(lr):
     results = []
     for lib in (fastkfo, l2l):

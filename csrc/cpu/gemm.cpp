@@ -3,7 +3,10 @@
 // for each instruction set, and the widest that the processor has is chosen at run time.
 #include "cpu/gemm.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__) && \
@@ -122,7 +125,8 @@ FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix
     const Target<S> to{c + j, c_row, accumulate, overlap, c + rows * c_row};
     const S* right = b.data + j * b.col;
     int64_t right_row = b.row;
-    if (b.col != 1 || n < nv * width) {
+    // Rows far apart share few cache sets, so a panel that is used often is worth a copy.
+    if (b.col != 1 || n < nv * width || (rows > 4 * MR && b.row > 512)) {
       pack<S>(inner, n, nv * width, {right, b.row, b.col}, packed);
       right = packed;
       right_row = nv * width;
@@ -154,11 +158,24 @@ FASTKFO_SMALL_GEMM(small_gemm_baseline, , 16, 4)
 template <class S>
 using SmallGemm = void (*)(int64_t, int64_t, int64_t, Matrix<S>, Matrix<S>, S*, int64_t, bool, S*);
 
+// The widest instruction set that the processor has and FASTKFO_CPU_LEVEL (0, 3 or 4) allows.
+int cpu_level() {
+  const char* wanted = std::getenv("FASTKFO_CPU_LEVEL");
+  const int limit = wanted && *wanted ? std::atoi(wanted) : 4;
+#ifdef FASTKFO_X86_TARGETS
+  if (limit >= 4 && __builtin_cpu_supports("x86-64-v4")) return 4;
+  if (limit >= 3 && __builtin_cpu_supports("x86-64-v3")) return 3;
+#endif
+  return 0;
+}
+
+const int kLevel = cpu_level();
+
 template <class S>
 SmallGemm<S> best_small_gemm() {
 #ifdef FASTKFO_X86_TARGETS
-  if (__builtin_cpu_supports("x86-64-v4")) return small_gemm_v4<S>;
-  if (__builtin_cpu_supports("x86-64-v3")) return small_gemm_v3<S>;
+  if (kLevel == 4) return small_gemm_v4<S>;
+  if (kLevel == 3) return small_gemm_v3<S>;
 #endif
   return small_gemm_baseline<S>;
 }
@@ -196,7 +213,6 @@ void large_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S
 }  // namespace
 
 bool gemm_is_large(int64_t rows, int64_t cols, int64_t inner) {
-  // Measured (bench/NOTES.md): below this, a call of BLAS costs more than its kernel wins.
   return rows >= 32 && cols >= 32 && inner >= 32 && rows * cols * inner >= 192ll * 192 * 192;
 }
 
@@ -204,12 +220,24 @@ template <class S>
 void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,
           int64_t c_row, bool accumulate, Scratch<S>& scratch) {
   if (rows == 0 || cols == 0) return;
-  if (inner > 0 && gemm_is_large(rows, cols, inner) && blas_available(S{}) &&
-      blas_takes(a, rows, inner) && blas_takes(b, inner, cols))
+  const bool large = gemm_is_large(rows, cols, inner);
+  // Measured (bench/NOTES.md): the vector kernels beat or equal BLAS at every size, up to two
+  // times; the baseline kernel loses to it as soon as a call of BLAS pays.
+  if (large && kLevel == 0 && blas_available(S{}) && blas_takes(a, rows, inner) &&
+      blas_takes(b, inner, cols))
     return large_gemm(rows, cols, inner, a, b, c, c_row, accumulate);
   static const SmallGemm<S> kernel = best_small_gemm<S>();
   constexpr int64_t widest = kMaxVectors * 64 / sizeof(S);
-  kernel(rows, cols, inner, a, b, c, c_row, accumulate, scratch.take(inner * widest));
+  const auto run = [&](int64_t first, int64_t last, Scratch<S>& own) {
+    kernel(last - first, cols, inner, {a.data + first * a.row, a.row, a.col}, b,
+           c + first * c_row, c_row, accumulate, own.take(inner * widest));
+  };
+  if (!large) return run(0, rows, scratch);
+  // Blocks of rows, each of whole tiles. Inside a parallel region this is one block.
+  constexpr int64_t block = 64;
+  torch::stable::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t first, int64_t last) {
+    run(first * block, std::min(rows, last * block), Scratch<S>::of_this_thread());
+  });
 }
 
 template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float*,

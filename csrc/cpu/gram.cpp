@@ -34,22 +34,39 @@ void store(const S* from, int64_t count, T* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
 }
 
+// Where an [n, n] result is computed: in place, unless it has to be rounded afterwards.
+template <class S, class T>
+S* scratch_or_output(const Factor<T>& f, Scratch<S>& scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    return f.out;
+  else
+    return scratch.take(f.n * f.n);
+}
+
+// Copies what is above the diagonal below it, in tiles that stay in cache.
+template <class S>
+void mirror(S* x, int64_t n) {
+  constexpr int64_t tile = 16;
+  for (int64_t i0 = 0; i0 < n; i0 += tile)
+    for (int64_t j0 = 0; j0 <= i0; j0 += tile)
+      for (int64_t i = i0; i < std::min(n, i0 + tile); ++i)
+        for (int64_t j = j0; j < std::min(i, j0 + tile); ++j) x[i * n + j] = x[j * n + i];
+}
+
 template <class S, class T>
 void gram_one(const Factor<T>& f, Scratch<S>& scratch) {
   const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
-  S* to = scratch.take(f.n * f.n);
+  S* to = scratch_or_output<S>(f, scratch);
   // The result is symmetric: blocks of rows from the diagonal on, then the mirror image.
-  constexpr int64_t block = 48;
+  constexpr int64_t block = 32;
   for (int64_t i = 0; i < f.n; i += block) {
     const int64_t rows = std::min(block, f.n - i);
     const Matrix<S> left{l.data + i, 1, f.n};
     gemm<S>(rows, f.n - i, f.rows, left, {l.data + i, f.n, 1}, to + i * f.n + i, f.n, false,
             scratch);
   }
-  for (int64_t i = 0; i < f.n; ++i) {
-    for (int64_t j = 0; j < i; ++j) f.out[i * f.n + j] = static_cast<T>(to[j * f.n + i]);
-    for (int64_t j = i; j < f.n; ++j) f.out[i * f.n + j] = static_cast<T>(to[i * f.n + j]);
-  }
+  mirror(to, f.n);
+  if constexpr (!std::is_same_v<S, T>) store(to, f.n * f.n, f.out);
 }
 
 template <class S, class T>
@@ -123,7 +140,7 @@ Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool sq
     scratch.reset();
     body(all[k], scratch);
   };
-  // Large products bring BLAS's own threads; small ones are shared out.
+  // Large products bring their own threads; small ones are shared out.
   std::vector<int64_t> small, small_costs;
   const bool many = all.size() >= torch::stable::get_num_threads();
   for (size_t k = 0; k < all.size(); ++k)

@@ -240,8 +240,8 @@ std::vector<Item<T>> make_items(const Arguments& a) {
   return items;
 }
 
-// Runs body(steps) for every unit. Units with a factor for BLAS come one by one, with BLAS's
-// threads, unless there are enough of them to keep every thread busy.
+// Runs body(steps) for every unit. Units with large products come one by one, since those bring
+// their own threads, unless there are enough of them to keep every thread busy.
 template <class T, class F>
 void for_each_unit(const std::vector<Item<T>>& items, const F& body) {
   using S = Accumulated<T>;

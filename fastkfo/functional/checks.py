@@ -13,13 +13,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def floating_tensor(name: str, x: object) -> None:
+def floating_tensor(name: str, x: object, index: int | None = None) -> None:
     """Raise TypeError unless `x` is a tensor of a supported floating-point dtype."""
+    if isinstance(x, Tensor) and x.dtype in DTYPES:
+        return
+    name = name if index is None else f"{name}[{index}]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name}: expected one of {expected}, got {x.dtype}")
+    expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    raise TypeError(f"{name}: expected one of {expected}, got {x.dtype}")
 
 
 def finite(name: str, value: object) -> None:
@@ -32,12 +34,14 @@ def finite(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless two operands of one item share dtype and device."""
+def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor, i: int) -> None:
+    """Raise unless two operands of item i share dtype and device."""
     if x.dtype != other.dtype:
-        raise TypeError(f"{name}: expected {other.dtype} as {other_name}, got {x.dtype}")
+        raise TypeError(f"{name}[{i}]: expected {other.dtype} as {other_name}[{i}], got {x.dtype}")
     if x.device != other.device:
-        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
+        raise ValueError(
+            f"{name}[{i}]: expected device {other.device} as {other_name}[{i}], got {x.device}"
+        )
 
 
 def operand_list(name: str, value: object, count: int) -> list[Any]:

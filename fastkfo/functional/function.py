@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import Function
+
+_T = TypeVar("_T")
 
 
 def with_eager_form(function: type[Function]) -> type[Function]:
@@ -29,6 +33,17 @@ def with_eager_form(function: type[Function]) -> type[Function]:
     # Function.apply, less the look for functorch's wrappers that `apply` below has done.
     new_style.eager = super(Function, Eager).apply
     return function
+
+
+def cached(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Remember results by arguments; while torch.compile traces, which frowns on it, do not."""
+    remembered = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def call(*args: Any) -> _T:
+        return function(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return call
 
 
 def apply(function: Any, *args: Any) -> Any:

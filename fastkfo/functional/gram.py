@@ -90,9 +90,7 @@ class Gram(_Bilinear):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         factors = ctx.saved_tensors
-        live = [
-            i for i, c in enumerate(cotangents) if c is not None and ctx.needs_input_grad[i]
-        ]
+        live = [i for i, c in enumerate(cotangents) if c is not None and ctx.needs_input_grad[i]]
         grads: list[Tensor | None] = [None] * len(factors)
         if live:
             out = apply(GramVjp, *(factors[i] for i in live), *(cotangents[i] for i in live))

@@ -127,12 +127,11 @@ def _is_list(x: object) -> bool:
 
 
 class _Item(NamedTuple):
-    """One checked item in canonical shapes, and the shape its result goes back to."""
+    """One checked item; its gradient has the shape of the result."""
 
     dims: tuple[int, int, int, int]
     alpha: float
     operands: dict[int, Tensor | None]
-    shape: tuple[int, ...]
 
 
 def _run(
@@ -176,70 +175,56 @@ def _run(
         for (operands, bit), square in zip(slots, squares, strict=True):
             operands[bit] = square
     columns = {bit: [item.operands[bit] for item in items] for bit in groups}
-    out = kron_unchecked(
-        tuple(d for item in items for d in item.dims),
-        tuple(item.alpha for item in items),
+    return kron_unchecked(
+        tuple([d for item in items for d in item.dims]),
+        tuple([item.alpha for item in items]),
         columns,
         implementation,
     )
-    return [u.reshape(item.shape) for u, item in zip(out, items, strict=True)]
 
 
 _NAMES = {PARAM: "params", LEFT: "left", RIGHT: "right", BIAS: "bias", SCALE: "scale"}
 
 
 def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
-    name = f"grads[{i}]"
-    checks.floating_tensor(name, x[GRAD])
+    grad = x[GRAD]
+    checks.floating_tensor("grads", grad, i)
     names = _NAMES
-    for bit, operand_name in names.items():
+    for bit, name in names.items():
         if x[bit] is not None:
-            checks.floating_tensor(f"{operand_name}[{i}]", x[bit])
+            checks.floating_tensor(name, x[bit], i)
+    alpha = 1.0 if rate is None else -1.0
     if isinstance(rate, Tensor):
         names = {**_NAMES, SCALE: "lr" if x[SCALE] is None else "lr * scale"}
         x[SCALE] = rate if x[SCALE] is None else _rate_times_scale(i, rate, x[SCALE])
-        alpha = -1.0
-    else:
-        alpha = 1.0 if rate is None else -float(rate)
-    if checks.autocast_enabled(x[GRAD].device):
+    elif rate is not None:
+        alpha = -float(rate)
+    if checks.autocast_enabled(grad.device):
         x = _promoted(x)
-    for bit, operand_name in names.items():
+        grad = x[GRAD]
+    for bit, name in names.items():
         if x[bit] is not None:
-            checks.same_dtype_and_device(f"{operand_name}[{i}]", x[bit], name, x[GRAD])
+            checks.same_dtype_and_device(name, x[bit], "grads", grad, i)
 
-    grad = x[GRAD]
-    tasks = _tasks(i, x)
-    logical = tuple(grad.shape)
-    if tasks is not None and grad.dim() < 3:
-        logical = (tasks, *logical)
-    if tasks is not None and grad.dim() >= 3 and logical[0] not in (1, tasks):
-        raise ValueError(f"{name}: expected {tasks} tasks on the first axis, got {list(logical)}")
-    if tasks is not None and logical[0] == 1:
-        logical = (tasks, *logical[1:])
-    factors = any(x[bit] is not None for bit in (LEFT, RIGHT, BIAS))
-    matrix = logical if tasks is None else logical[1:]
-    if not factors:
+    logical, matrix, tasks = _logical_shape(i, x)
+    if x[LEFT] is None and x[RIGHT] is None and x[BIAS] is None:
         n, m, batch = 1, math.prod(logical), 1
     elif len(matrix) == 1:
         n, m, batch = matrix[0], 1, 1
     elif len(matrix) >= 2:
         n, m, batch = matrix[-2], matrix[-1], math.prod(matrix[:-2])
     else:
-        raise ValueError(f"{name}: expected [T?, B?, n, m] beside factors, got a scalar")
-    dims = (1 if tasks is None else tasks, batch, n, m)
-    for bit, size in ((LEFT, n), (RIGHT, m)):
-        _check_factor(f"{_NAMES[bit]}[{i}]", x[bit], size, psd)
+        raise ValueError(f"grads[{i}]: expected [T?, B?, n, m] beside factors, got a scalar")
+    _check_factor("left", i, x[LEFT], n, psd)
+    _check_factor("right", i, x[RIGHT], m, psd)
     if x[BIAS] is not None and tuple(x[BIAS].shape[-2:]) != (n, m):
         raise ValueError(f"bias[{i}]: expected [T?, {n}, {m}], got {list(x[BIAS].shape)}")
-    operands = {
-        **x,
-        GRAD: grad.expand(logical).reshape(dims),
-        PARAM: _broadcast(f"params[{i}]", x[PARAM], logical, dims),
-        SCALE: x[SCALE]
-        if x[SCALE] is None or x[SCALE].numel() == 1
-        else _broadcast(f"{names[SCALE]}[{i}]", x[SCALE], logical, dims),
-    }
-    return _Item(dims, alpha, operands, logical)
+    x[GRAD] = grad if grad.shape == logical else grad.expand(logical)
+    if x[PARAM] is not None:
+        x[PARAM] = _broadcast("params", i, x[PARAM], logical)
+    if x[SCALE] is not None and x[SCALE].numel() != 1:
+        x[SCALE] = _broadcast(names[SCALE], i, x[SCALE], logical)
+    return _Item((tasks, batch, n, m), alpha, x)
 
 
 def _rate_times_scale(i: int, rate: Tensor, scale: Tensor) -> Tensor:
@@ -250,6 +235,19 @@ def _rate_times_scale(i: int, rate: Tensor, scale: Tensor) -> Tensor:
             f"lr: expected a tensor that broadcasts with scale[{i}], {list(scale.shape)} on "
             f"{scale.device}, got {list(rate.shape)} on {rate.device}"
         ) from None
+
+
+def _logical_shape(i: int, x: dict[int, Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The shape of an item's result, the part of it that is one task, and T."""
+    shape = tuple(x[GRAD].shape)
+    tasks = _tasks(i, x)
+    if tasks is None:
+        return shape, shape, 1
+    if len(shape) < 3:
+        return (tasks, *shape), shape, tasks
+    if shape[0] not in (1, tasks):
+        raise ValueError(f"grads[{i}]: expected {tasks} tasks on the first axis, got {list(shape)}")
+    return (tasks, *shape[1:]), shape[1:], tasks
 
 
 def _promoted(x: dict[int, Any]) -> dict[int, Any]:
@@ -279,25 +277,23 @@ def _tasks(i: int, x: dict[int, Any]) -> int | None:
     return tasks
 
 
-def _check_factor(name: str, factor: Tensor | None, size: int, psd: bool) -> None:
+def _check_factor(name: str, i: int, factor: Tensor | None, size: int, psd: bool) -> None:
     if factor is None:
         return
     rows, cols = factor.shape[-2:]
     if cols != size or (rows != size and not psd):
         expected = f"[T?, {'r' if psd else size}, {size}]"
-        raise ValueError(f"{name}: expected {expected}, got {list(factor.shape)}")
+        raise ValueError(f"{name}[{i}]: expected {expected}, got {list(factor.shape)}")
 
 
-def _broadcast(
-    name: str, x: Tensor | None, shape: tuple[int, ...], dims: tuple[int, ...]
-) -> Tensor | None:
-    if x is None:
-        return None
+def _broadcast(name: str, i: int, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if x.shape == shape:
+        return x
     try:
-        return x.expand(shape).reshape(dims)
+        return x.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"{name}: expected a shape that broadcasts to {list(shape)}, got {list(x.shape)}"
+            f"{name}[{i}]: expected a shape that broadcasts to {list(shape)}, got {list(x.shape)}"
         ) from None
 
 

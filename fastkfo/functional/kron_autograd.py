@@ -8,14 +8,13 @@ again Functions, up to the second; beyond it they are those of the reference for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastkfo.functional.function import apply, with_eager_form
+from fastkfo.functional.function import apply, cached, with_eager_form
 from fastkfo.kernels.fakes import BIAS, COTANGENT, GRAD, LEFT, RIGHT, SCALE
 from fastkfo.reference.kron import Operands, kron_double_backward
 
@@ -47,7 +46,7 @@ def call(
     return apply(function, dims, alpha, present, *extra, *tensors)
 
 
-@lru_cache(maxsize=4096)
+@cached
 def _slices(bits: tuple[int, ...], present: int, count: int) -> tuple[slice, ...]:
     """Where each group of operands is; an empty slice for an absent one."""
     slices, k = [], 0
@@ -76,7 +75,7 @@ class Plan(NamedTuple):
     size: int
 
 
-@lru_cache(maxsize=4096)
+@cached
 def _plan(
     in_bits: tuple[int, ...],
     out_bits: tuple[int, ...],
@@ -160,12 +159,10 @@ class KronForward(Function):
             for bit in FORWARD_BITS
         }  # fmt: skip
         out = call(KronForward, fold.dims, alpha, (), folded)
-        shapes = [
-            fold.logical_shape(x[GRAD][i], d[GRAD][i]) for i in range(len(alpha))
-        ]
-        return tuple(
-            u.reshape(fold.size, *shape) for u, shape in zip(out, shapes, strict=True)
-        ), (0,) * len(alpha)
+        shapes = [fold.logical_shape(x[GRAD][i], d[GRAD][i]) for i in range(len(alpha))]
+        return tuple(u.reshape(fold.size, *shape) for u, shape in zip(out, shapes, strict=True)), (
+            0,
+        ) * len(alpha)
 
 
 def _filled(cotangents: Group, dims: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
@@ -216,9 +213,7 @@ class KronBackward(Function):
                 if bits & bit:
                     d[bit][i] = next(outputs)
         live = tuple([any([d[bit][i] is not None for bit in X_BITS]) for i in range(count)])
-        plan = _plan(
-            BACKWARD_BITS, DOUBLE_OUT, ctx.present, count, ctx.needs_input_grad[4:], live
-        )
+        plan = _plan(BACKWARD_BITS, DOUBLE_OUT, ctx.present, count, ctx.needs_input_grad[4:], live)
         present = ctx.present
         for bit in X_BITS:
             if any([x is not None for x in d[bit]]):
@@ -232,7 +227,16 @@ class KronBackward(Function):
         info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any
     ) -> Any:
         return _vmap_derivative(
-            KronBackward, X_BITS, BACKWARD_BITS, info, in_dims, dims, alpha, present, wanted, tensors
+            KronBackward,
+            X_BITS,
+            BACKWARD_BITS,
+            info,
+            in_dims,
+            dims,
+            alpha,
+            present,
+            wanted,
+            tensors,
         )
 
 
@@ -283,7 +287,16 @@ class KronDoubleBackward(Function):
         info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any
     ) -> Any:
         return _vmap_derivative(
-            KronDoubleBackward, DOUBLE_OUT, DOUBLE_BITS, info, in_dims, dims, alpha, present, wanted, tensors
+            KronDoubleBackward,
+            DOUBLE_OUT,
+            DOUBLE_BITS,
+            info,
+            in_dims,
+            dims,
+            alpha,
+            present,
+            wanted,
+            tensors,
         )
 
 
@@ -297,7 +310,9 @@ def _reference(
         if not bits:
             continue
         shape = dims[4 * i : 4 * i + 4]
-        given = {bit: canonical(group[i], bit, shape) if group else None for bit, group in x.items()}
+        given = {
+            bit: canonical(group[i], bit, shape) if group else None for bit, group in x.items()
+        }
         cotangent = given[COTANGENT]
         assert cotangent is not None
         grad = torch.zeros_like(cotangent) if given[GRAD] is None else given[GRAD]

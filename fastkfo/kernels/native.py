@@ -106,7 +106,7 @@ def _compile() -> str:
     return str(Path(cpp_extension._get_build_directory("fastkfo_C", False)) / "fastkfo_C.so")
 
 
-class _ninja_on_path:  # noqa: N801 - reads as a statement
+class _ninja_on_path:
     """The ninja of the running environment, whose bin folder may not be on PATH."""
 
     def __enter__(self) -> None:

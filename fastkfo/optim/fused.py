@@ -89,7 +89,13 @@ class GramCache:
         return self._key(factors) == self.key and self._alive()
 
     def _key(self, factors: list[Tensor]) -> list[Any]:
-        return [torch.is_grad_enabled(), *map(id, factors), *[x._version for x in factors]]
+        # Detached in place, a factor has another graph; assigned through `.data`, other memory.
+        parts = [(id(x), x._version, x.is_leaf, x.requires_grad, x.data_ptr()) for x in factors]
+        return [torch.is_grad_enabled(), *parts]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled empty: squares have a graph, which can be neither."""
+        return GramCache, ()
 
     def _alive(self) -> bool:
         node = self.squares[0].grad_fn if self.squares else None
@@ -120,7 +126,7 @@ class KroneckerStep:
             if transform is None or grad is None or _kind(transform) != "reshaped":
                 return None
             part = _kronecker_part(transform, grad)
-            if part is None or part.left.dtype != grads[0].dtype:
+            if part is None or not part.like(grads[0]):
                 return None
             parts.append(part)
         if len(by_dtype_and_device(grads)) > 1:
@@ -136,6 +142,7 @@ class KroneckerStep:
         self.linears = [t._modules["transform"] for t in transforms]
         self.own = [linear._parameters for linear in self.linears]
         self.raw = [x for own in self.own for x in own.values()]
+        self.options = self._options()
         self.dims = tuple([d for part in parts for d in part.dims])
         self.alpha = (-float(lr),) * len(parts)
         left, right = [part.left for part in parts], [part.right for part in parts]
@@ -150,7 +157,13 @@ class KroneckerStep:
         self.present = PARAM | GRAD | LEFT | RIGHT | (BIAS if with_bias else 0)
         self.operands = [*left, *right, *(bias if with_bias else ())]
 
-    def matches(self, transforms: Sequence[Any], lr: Rate, cache: GramCache) -> bool:
+    def _options(self) -> list[Any]:
+        pairs = zip(self.transforms, self.linears, strict=True)
+        return [(tuple(t.in_shape), linear.psd, linear.device) for t, linear in pairs]
+
+    def matches(
+        self, transforms: Sequence[Any], grads: Sequence[Any], lr: Rate, cache: GramCache
+    ) -> bool:
         """Whether the same step would be made anew."""
         if isinstance(lr, Tensor) or lr != self.lr:
             return False
@@ -160,11 +173,14 @@ class KroneckerStep:
         for transform, linear, own in zip(self.transforms, self.linears, self.own, strict=True):
             if transform._modules["transform"] is not linear or linear._parameters is not own:
                 return False
-            if not (_plain(transform) and _plain(linear)):
+            if _kind(transform) != "reshaped" or _kind(linear) != "kronecker":
                 return False
             raw += own.values()
-        same = all([x is y for x, y in zip(raw, self.raw, strict=True)])
-        return same and (not self.factors or cache.holds(self.factors))
+        if list(map(id, raw)) != list(map(id, self.raw)) or self._options() != self.options:
+            return False
+        if not all([part.like(grad) for part, grad in zip(self.parts, grads, strict=True)]):
+            return False
+        return not self.factors or cache.holds(self.factors)
 
     def take(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Tensor]:
         """The updated parameters."""
@@ -313,7 +329,7 @@ def updated_parameters(
         )
     whole = not any([g is None for g in grads])  # not `None in grads`, which compares tensors
     if cache is not None and whole:
-        if cache.step is None or not cache.step.matches(transforms, lr, cache):
+        if cache.step is None or not cache.step.matches(transforms, grads, lr, cache):
             cache.step = KroneckerStep.of(transforms, grads, lr, cache)
         if cache.step is not None:
             return cache.step.take(params, grads)
@@ -374,6 +390,7 @@ def _gather(
             continue
         own = _own_scale(transform, kind, grad)
         if own is not None:
+            _check_like("the transform's scale", own, grad, i)
             factor = transform.lr if kind == "curvature" else 1.0
             simple.append((i, grad, alpha * factor, own if scale is None else scale * own))  # type: ignore[operator]
         elif kind == "curvature" and _is_curvature_of(transform, grad):
@@ -397,11 +414,11 @@ def _gather(
 def _own_scale(transform: nn.Module, kind: str | None, grad: Tensor) -> Tensor | None:
     """What a transform that is a scale multiplies by."""
     if kind == "scale":
-        own = transform._parameters["alpha"]
+        own = transform._parameters.get("alpha")
         fits = own is not None and own.dtype == grad.dtype
         return own if fits and (own.shape == grad.shape or own.numel() == 1) else None  # type: ignore[union-attr]
     if kind == "curvature" and transform.dim == 1 and isinstance(transform.lr, (int, float)):
-        own = transform._parameters["mc"]
+        own = transform._parameters.get("mc")
         return own if own is not None and own.shape == grad.shape else None
     return None
 
@@ -409,6 +426,10 @@ def _own_scale(transform: nn.Module, kind: str | None, grad: Tensor) -> Tensor |
 def _is_curvature_of(transform: Any, grad: Tensor) -> bool:
     if not isinstance(transform.lr, (int, float)) or transform.dim != grad.dim():
         return False
+    if any([x is None for x in transform._parameters.values()]) or (
+        len(transform._parameters) != min(transform.dim, 3)
+    ):
+        return False  # made a buffer or a plain attribute, say to freeze it
     if transform.dim == 2:
         return True
     return transform.dim > 2 and grad.shape[:2] == (transform.n_in, transform.n_out)
@@ -437,6 +458,11 @@ class KroneckerPart(NamedTuple):
     bias: Tensor | None
     psd: bool
 
+    def like(self, grad: Tensor) -> bool:
+        """Whether all operands have a gradient's dtype and device."""
+        operands = [x for x in (self.left, self.right, self.bias) if x is not None]
+        return all([x.dtype == grad.dtype and x.device == grad.device for x in operands])
+
 
 def _kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
     """The operands, or None where the module is another one or does more."""
@@ -444,7 +470,9 @@ def _kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
     if linear is None or _kind(linear) != "kronecker":
         return None
     factors = linear._parameters
-    left, right = factors["left"], factors["right"]
+    left, right, bias = factors.get("left"), factors.get("right"), factors.get("bias")
+    if left is None or right is None or (bias is None and linear.bias is not None):
+        return None  # made a buffer or a plain attribute, say to freeze it
     n, m = left.shape[0], right.shape[0]
     size, shape = n * m, reshaped.in_shape
     if len(shape) != 3 or shape[0] != -1 or shape[1] != n or shape[2] != m:  # type: ignore[arg-type, index]
@@ -454,7 +482,7 @@ def _kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
     batch = grad.numel() // size if size else math.prod(grad.shape[:-2])
     if batch * size != grad.numel():
         return None
-    return KroneckerPart((1, batch, n, m), left, right, factors.get("bias"), linear.psd)
+    return KroneckerPart((1, batch, n, m), left, right, bias, linear.psd)
 
 
 def _called(transform: nn.Module, grad: Tensor, index: int) -> Tensor:
