@@ -1,6 +1,6 @@
 """kron_update alone: against the per-parameter PyTorch formula, and against plain BLAS.
 
-    python bench/kron.py [--save NAME]
+python bench/kron.py [--save NAME]
 """
 
 from __future__ import annotations

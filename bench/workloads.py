@@ -97,9 +97,7 @@ def make_learner(l2l: Any, workload: Workload, method: str) -> nn.Module:
     if method == "meta-sgd":
         return l2l.algorithms.MetaSGD(model, lr=workload.lr)
     if method == "meta-curvature":
-        return l2l.algorithms.GBML(
-            model, l2l.optim.MetaCurvatureTransform, lr=workload.lr
-        )
+        return l2l.algorithms.GBML(model, l2l.optim.MetaCurvatureTransform, lr=workload.lr)
     transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)
     return l2l.algorithms.GBML(
         model, transform, lr=workload.lr, adapt_transform=method == "kfo-adapt"

@@ -10,10 +10,12 @@ from fastkfo.functional import gram
 from tests.cases import (
     GRAM_SHAPES,
     IMPLEMENTATIONS,
-    assert_near,
-    derivatives,
     lay_out,
     skip_unless_available,
+)
+from tests.dense import (
+    assert_near,
+    derivatives,
 )
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -145,10 +147,13 @@ def test_vmap(in_dims, implementation):
         lambda f: grad(lambda *t: sum(d.square().sum() for d in grad(loss(f), (0, 1))(*t)), (0, 1)),
     ):
         actual = vmap(make(op), in_dims)(a, b)
-        rows = [
-            make(oracle)(*(x if d is None else x.select(d, k) for x, d in zip((a, b), in_dims, strict=True)))
-            for k in range(size)
-        ]  # fmt: skip
+
+        def row(k):
+            return [
+                x if d is None else x.select(d, k) for x, d in zip((a, b), in_dims, strict=True)
+            ]
+
+        rows = [make(oracle)(*row(k)) for k in range(size)]
         compare(actual, [torch.stack(one) for one in zip(*rows, strict=True)])
 
 

@@ -8,12 +8,14 @@ from tests.cases import (
     CASES,
     IMPLEMENTATIONS,
     SMALL,
+    operands,
+    skip_unless_available,
+)
+from tests.dense import (
     assert_near,
     dense_transform,
     dense_update,
     derivatives,
-    operands,
-    skip_unless_available,
 )
 
 TOLERANCE = 1e-10

@@ -7,7 +7,10 @@ import torch
 
 from fastkfo import ImplementationUnavailable
 from fastkfo.functional import gram, kron_transform, kron_update
-from tests.cases import HAS_NATIVE, IMPLEMENTATIONS
+from tests.cases import (
+    HAS_NATIVE,
+    IMPLEMENTATIONS,
+)
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -130,7 +133,9 @@ def test_the_item_at_fault_is_named(implementation):
 
 @pytest.mark.parametrize("name", ["cuda", "", "Native", None, 3, ["native"]])
 def test_unknown_implementation(name):
-    with pytest.raises(ValueError, match="implementation.*'auto', 'native', 'triton', 'reference'"):
+    with pytest.raises(
+        ValueError, match=r"implementation.*'auto', 'native', 'triton', 'reference'"
+    ):
         kron_transform([torch.ones(3)], implementation=name)
     if not isinstance(name, list):
         with pytest.raises(ValueError, match="implementation"):

@@ -15,11 +15,13 @@ from tests.cases import (
     HAS_NATIVE,
     IMPLEMENTATIONS,
     SMALL,
+    operands,
+)
+from tests.dense import (
     assert_near,
     dense_update,
     derivatives,
     magnitudes,
-    operands,
 )
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -12,12 +12,14 @@ from tests.cases import (
     IMPLEMENTATIONS,
     Case,
     Item,
+    operands,
+)
+from tests.dense import (
     assert_near,
     dense_transform,
     dense_update,
     derivatives,
     magnitudes,
-    operands,
 )
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -6,7 +6,9 @@ Nothing above them checks what they are given here, so each has to refuse it its
 import pytest
 import torch
 
-from tests.cases import HAS_NATIVE
+from tests.cases import (
+    HAS_NATIVE,
+)
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="needs the native library")
 GRAD, LEFT, RIGHT, BIAS, SCALE, COTANGENT = 1, 2, 4, 8, 16, 32
@@ -238,8 +240,8 @@ def test_wrong_gram(op, lists):
 OPCHECKED = [
     ([t(2, 2, 3, 5)], [t(2, 3, 3)], [t(5, 5)], [t(3, 5)], [t(2, 2, 3, 5)], [2, 2, 3, 5], [0.5]),
     ([t(4, 3)], [], [None], [], [t(1)], [1, 1, 4, 3], [1.0]),
-    ([t(0, 3), t(5)], [t(0, 0), None], [None, t(1, 1)], [], [], [1, 1, 0, 3, 1, 1, 5, 1], [1.0, 2.0]),
-]  # fmt: skip
+    ([t(0, 3), t(5)], [t(0, 0), None], [None, t(1, 1)], [], [], [1, 1, 0, 3, 1, 1, 5, 1], [1, 2.0]),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -15,10 +15,12 @@ from tests.cases import (
     HAS_NATIVE,
     IMPLEMENTATIONS,
     SMALL,
+    operands,
+)
+from tests.dense import (
     assert_near,
     dense_update,
     derivatives,
-    operands,
 )
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -20,8 +20,8 @@
 // PyTorch's own BLAS, where the wheel exports it; null where it does not.
 extern "C" {
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*,
-                                  const float*, const float*, const int*, const float*,
-                                  const int*, const float*, float*, const int*);
+                                  const float*, const float*, const int*, const float*, const int*,
+                                  const float*, float*, const int*);
 __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*,
                                   const double*, const double*, const int*, const double*,
                                   const int*, const double*, double*, const int*);
@@ -103,16 +103,15 @@ FASTKFO_INLINE void pack(int64_t inner, int64_t cols, int64_t width, Matrix<S> b
       for (int64_t j = 0; j < cols; ++j) to[k * width + j] = b.data[k * b.row + j];
   } else {
     for (int64_t j = 0; j < cols; ++j)
-      for (int64_t k = 0; k < inner; ++k)
-        to[k * width + j] = b.data[k * b.row + j * b.col];
+      for (int64_t k = 0; k < inner; ++k) to[k * width + j] = b.data[k * b.row + j * b.col];
   }
   for (int64_t k = 0; k < inner; ++k)
     for (int64_t j = cols; j < width; ++j) to[k * width + j] = 0;
 }
 
 template <class S, int BYTES, int MR>
-FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a,
-                               Matrix<S> b, S* c, int64_t c_row, bool accumulate, S* packed) {
+FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b,
+                               S* c, int64_t c_row, bool accumulate, S* packed) {
   constexpr int width = Vector<S, BYTES>::width;
   const int64_t vectors = (cols + width - 1) / width;
   const int64_t panels = (vectors + kMaxVectors - 1) / kMaxVectors;
@@ -142,10 +141,10 @@ FASTKFO_INLINE void small_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix
 }
 
 #define FASTKFO_SMALL_GEMM(name, target, bytes, mr)                                           \
-  template <class S>                                                                           \
-  target void name(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,  \
-                   int64_t c_row, bool accumulate, S* packed) {                                \
-    small_gemm<S, bytes, mr>(rows, cols, inner, a, b, c, c_row, accumulate, packed);           \
+  template <class S>                                                                          \
+  target void name(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c, \
+                   int64_t c_row, bool accumulate, S* packed) {                               \
+    small_gemm<S, bytes, mr>(rows, cols, inner, a, b, c, c_row, accumulate, packed);          \
   }
 
 #ifdef FASTKFO_X86_TARGETS
@@ -206,8 +205,7 @@ void large_gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S
   const bool ta = a.col != 1, tb = b.col != 1;
   blas(tb ? "T" : "N", ta ? "T" : "N", static_cast<int>(cols), static_cast<int>(rows),
        static_cast<int>(inner), b.data, static_cast<int>(tb ? b.col : b.row), a.data,
-       static_cast<int>(ta ? a.col : a.row), accumulate ? 1 : 0, c,
-       static_cast<int>(c_row));
+       static_cast<int>(ta ? a.col : a.row), accumulate ? 1 : 0, c, static_cast<int>(c_row));
 }
 
 }  // namespace
@@ -217,8 +215,8 @@ bool gemm_is_large(int64_t rows, int64_t cols, int64_t inner) {
 }
 
 template <class S>
-void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,
-          int64_t c_row, bool accumulate, Scratch<S>& scratch) {
+void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c, int64_t c_row,
+          bool accumulate, Scratch<S>& scratch) {
   if (rows == 0 || cols == 0) return;
   const bool large = gemm_is_large(rows, cols, inner);
   // Measured (bench/NOTES.md): the vector kernels beat or equal BLAS at every size, up to two
@@ -229,8 +227,8 @@ void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S
   static const SmallGemm<S> kernel = best_small_gemm<S>();
   constexpr int64_t widest = kMaxVectors * 64 / sizeof(S);
   const auto run = [&](int64_t first, int64_t last, Scratch<S>& own) {
-    kernel(last - first, cols, inner, {a.data + first * a.row, a.row, a.col}, b,
-           c + first * c_row, c_row, accumulate, own.take(inner * widest));
+    kernel(last - first, cols, inner, {a.data + first * a.row, a.row, a.col}, b, c + first * c_row,
+           c_row, accumulate, own.take(inner * widest));
   };
   if (!large) return run(0, rows, scratch);
   // Blocks of rows, each of whole tiles. Inside a parallel region this is one block.
@@ -240,8 +238,8 @@ void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S
   });
 }
 
-template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float*,
-                          int64_t, bool, Scratch<float>&);
+template void gemm<float>(int64_t, int64_t, int64_t, Matrix<float>, Matrix<float>, float*, int64_t,
+                          bool, Scratch<float>&);
 template void gemm<double>(int64_t, int64_t, int64_t, Matrix<double>, Matrix<double>, double*,
                            int64_t, bool, Scratch<double>&);
 

@@ -18,8 +18,8 @@ struct Matrix {
 // C [rows, cols] (+)= A [rows, inner] B [inner, cols]; C is row-major, its rows c_row apart.
 // float and double; small products run on registers, large ones in BLAS.
 template <class S>
-void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c,
-          int64_t c_row, bool accumulate, Scratch<S>& scratch);
+void gemm(int64_t rows, int64_t cols, int64_t inner, Matrix<S> a, Matrix<S> b, S* c, int64_t c_row,
+          bool accumulate, Scratch<S>& scratch);
 
 // Whether gemm leaves a product of this size to BLAS, which brings its own threads.
 bool gemm_is_large(int64_t rows, int64_t cols, int64_t inner);

@@ -103,9 +103,9 @@ Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool sq
   for (size_t i = 0; i < factors.size(); ++i) {
     const auto sizes = factors[i].sizes();
     const int64_t rank = static_cast<int64_t>(sizes.size());
-    STD_TORCH_CHECK(rank >= 2 && factors[i].is_cpu() &&
-                        factors[i].scalar_type() == factors[0].scalar_type(),
-                    "fastkfo: factors must be matrices of one dtype on the CPU");
+    STD_TORCH_CHECK(
+        rank >= 2 && factors[i].is_cpu() && factors[i].scalar_type() == factors[0].scalar_type(),
+        "fastkfo: factors must be matrices of one dtype on the CPU");
     const int64_t rows = sizes[rank - 2], n = sizes[rank - 1];
     std::vector<int64_t> shape(sizes.begin(), sizes.end());
     int64_t count = 1;

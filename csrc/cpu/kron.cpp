@@ -18,8 +18,7 @@ void forward_unit(UnitSteps<S, T>& s, T* out) {
   if (!s.it.param) return s.store(s.scaled(y, x.scale, true), out);
   const bool full = x.scale && s.it.scale_is_full;
   if (full) y = s.scaled(y, x.scale, false);
-  const S alpha =
-      static_cast<S>(s.it.alpha) * (x.scale && !full ? s.scalar(x.scale) : S(1));
+  const S alpha = static_cast<S>(s.it.alpha) * (x.scale && !full ? s.scalar(x.scale) : S(1));
   const S* param = s.flat(s.it.param);
   T* to = s.place(out);
   for (int64_t k = 0; k < s.size; ++k) to[k] = static_cast<T>(param[k] + alpha * y[k]);
@@ -28,7 +27,7 @@ void forward_unit(UnitSteps<S, T>& s, T* out) {
 // Where a unit leaves what it computed: null for what is not wanted.
 template <class S, class T>
 struct Results {
-  T *grad = nullptr, *cotangent = nullptr;  // whole tensors
+  T *grad = nullptr, *cotangent = nullptr;                                 // whole tensors
   S *left = nullptr, *right = nullptr, *bias = nullptr, *scale = nullptr;  // this unit's part
 };
 
@@ -137,8 +136,8 @@ struct Arguments {
   Tensors* cotangents = nullptr;
   Tensors& grads;
   MaybeTensors &left, &right, &bias, &scale;
-  MaybeTensors *params = nullptr, *d_grads = nullptr, *d_left = nullptr,
-                     *d_right = nullptr, *d_bias = nullptr, *d_scale = nullptr;
+  MaybeTensors *params = nullptr, *d_grads = nullptr, *d_left = nullptr, *d_right = nullptr,
+               *d_bias = nullptr, *d_scale = nullptr;
   const Ints& dims;
   const Floats& alpha;
   const Ints* wanted = nullptr;
@@ -167,8 +166,8 @@ void check_wanted(const Item<T>& it, const Tensor& cotangent, int64_t i) {
   STD_TORCH_CHECK(!(it.wanted & kLeft && !x.left) && !(it.wanted & kRight && !x.right) &&
                       !(it.wanted & kBias && !x.bias) && !(it.wanted & kScale && !x.scale),
                   "fastkfo: item ", i, " wants the gradient of an absent operand");
-  STD_TORCH_CHECK(cotangent.numel() == it.tasks * it.batch * it.n * it.m, "fastkfo: cotangents[",
-                  i, "] has ", cotangent.numel(), " elements, expected ",
+  STD_TORCH_CHECK(cotangent.numel() == it.tasks * it.batch * it.n * it.m, "fastkfo: cotangents[", i,
+                  "] has ", cotangent.numel(), " elements, expected ",
                   it.tasks * it.batch * it.n * it.m);
 }
 
@@ -176,9 +175,9 @@ template <class T>
 Item<T> make_item(const Arguments& a, int64_t i) {
   const int64_t t = a.dims[4 * i], b = a.dims[4 * i + 1], n = a.dims[4 * i + 2],
                 m = a.dims[4 * i + 3];
-  STD_TORCH_CHECK(sizes_are_sound({t, b, n, m}) && sizes_are_sound({t, n, n}) &&
-                      sizes_are_sound({t, m, m}),
-                  "fastkfo: item ", i, " has impossible dims ", t, " ", b, " ", n, " ", m);
+  STD_TORCH_CHECK(
+      sizes_are_sound({t, b, n, m}) && sizes_are_sound({t, n, n}) && sizes_are_sound({t, m, m}),
+      "fastkfo: item ", i, " has impossible dims ", t, " ", b, " ", n, " ", m);
   // A chunk is about two million operations; it depends on the shape alone.
   const int64_t per_entry = std::max<int64_t>(1, 2 * n * m * (n + m));
   Item<T> it{t, b, n, m, std::max<int64_t>(1, 2'000'000 / per_entry), a.alpha[i]};
@@ -227,8 +226,8 @@ std::vector<Item<T>> make_items(const Arguments& a) {
       STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");
       for (const auto& x : *list) check(x);
     }
-  for (const MaybeTensors* list : {&a.left, &a.right, &a.bias, &a.scale, a.params, a.d_grads, a.d_left,
-                           a.d_right, a.d_bias, a.d_scale})
+  for (const MaybeTensors* list : {&a.left, &a.right, &a.bias, &a.scale, a.params, a.d_grads,
+                                   a.d_left, a.d_right, a.d_bias, a.d_scale})
     if (list && !list->empty()) {
       STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");
       for (const auto& x : *list)
@@ -299,8 +298,8 @@ std::optional<PartialSums<S, T>> partial_sums(const Item<T>& it, const Tensor& l
                                               int64_t chunks) {
   const int64_t numel = like.numel();
   STD_TORCH_CHECK(numel == size || numel == it.tasks * size,
-                  "fastkfo: an operand whose gradient is wanted has ", numel, " elements, expected ",
-                  size, " or ", it.tasks * size);
+                  "fastkfo: an operand whose gradient is wanted has ", numel,
+                  " elements, expected ", size, " or ", it.tasks * size);
   const bool shared = numel != it.tasks * size;  // over tasks
   return PartialSums<S, T>(empty_shaped_like(like), shared ? 1 : it.tasks,
                            shared ? it.tasks * chunks : chunks, size);
@@ -319,9 +318,8 @@ Tensors gradients(const Arguments& a, const F& unit) {
     if (it.wanted & kRight) to.right = partial_sums<S>(it, *a.right[i], it.m * it.m, it.chunks());
     if (it.wanted & kBias) to.bias = partial_sums<S>(it, *a.bias[i], it.n * it.m, it.chunks());
     if (it.wanted & kScale)
-      to.scale = it.scale_is_full
-                     ? partial_sums<S>(it, *a.scale[i], it.batch * it.n * it.m, 1)
-                     : partial_sums<S>(it, *a.scale[i], 1, it.chunks());
+      to.scale = it.scale_is_full ? partial_sums<S>(it, *a.scale[i], it.batch * it.n * it.m, 1)
+                                  : partial_sums<S>(it, *a.scale[i], 1, it.chunks());
     if (it.wanted & kCotangent) to.cotangent = empty_shaped_like((*a.cotangents)[i]);
   }
   for_each_unit<T>(items, [&](auto& s) {
@@ -379,16 +377,15 @@ Tensors by_dtype(const Tensors& like, const F& run) {
 
 Tensors kron_forward(Tensors grads, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                      MaybeTensors scale, MaybeTensors params, Ints dims, Floats alpha) {
-  Arguments a{nullptr, grads, left, right, bias, scale, &params, nullptr, nullptr,
-              nullptr, nullptr, nullptr, dims, alpha, nullptr};
+  Arguments a{nullptr, grads,   left,    right,   bias, scale, &params, nullptr,
+              nullptr, nullptr, nullptr, nullptr, dims, alpha, nullptr};
   return by_dtype(grads, [&](auto t) { return forward<decltype(t)>(a); });
 }
 
 Tensors kron_backward(Tensors cotangents, Tensors grads, MaybeTensors left, MaybeTensors right,
-                      MaybeTensors bias, MaybeTensors scale, Ints dims, Floats alpha,
-                      Ints wanted) {
-  Arguments a{&cotangents, grads, left, right, bias, scale, nullptr, nullptr, nullptr,
-              nullptr, nullptr, nullptr, dims, alpha, &wanted};
+                      MaybeTensors bias, MaybeTensors scale, Ints dims, Floats alpha, Ints wanted) {
+  Arguments a{&cotangents, grads,   left,    right,   bias, scale, nullptr, nullptr,
+              nullptr,     nullptr, nullptr, nullptr, dims, alpha, &wanted};
   return by_dtype(grads, [&](auto t) {
     return gradients<decltype(t)>(a, [](auto& s, auto& to) { backward_unit(s, to); });
   });
@@ -399,8 +396,8 @@ Tensors kron_double_backward(Tensors cotangents, Tensors grads, MaybeTensors lef
                              MaybeTensors d_grads, MaybeTensors d_left, MaybeTensors d_right,
                              MaybeTensors d_bias, MaybeTensors d_scale, Ints dims, Floats alpha,
                              Ints wanted) {
-  Arguments a{&cotangents, grads, left, right, bias, scale, nullptr, &d_grads, &d_left,
-              &d_right, &d_bias, &d_scale, dims, alpha, &wanted};
+  Arguments a{&cotangents, grads,    left,    right,    bias, scale, nullptr, &d_grads,
+              &d_left,     &d_right, &d_bias, &d_scale, dims, alpha, &wanted};
   return by_dtype(grads, [&](auto t) {
     return gradients<decltype(t)>(a, [](auto& s, auto& to) { double_backward_unit(s, to); });
   });

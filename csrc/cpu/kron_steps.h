@@ -11,8 +11,14 @@ template <class S, class T>
 class UnitSteps {
  public:
   UnitSteps(const Item<T>& item, const Unit& unit, Scratch<S>& scratch)
-      : it(item), u(unit), n(item.n), m(item.m), batch(unit.b1 - unit.b0), cols(batch * item.m),
-        size(item.n * batch * item.m), scratch_(scratch) {}
+      : it(item),
+        u(unit),
+        n(item.n),
+        m(item.m),
+        batch(unit.b1 - unit.b0),
+        cols(batch * item.m),
+        size(item.n * batch * item.m),
+        scratch_(scratch) {}
 
   const Item<T>& it;
   const Unit& u;

@@ -84,9 +84,9 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank) {
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle = nullptr;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(rank, sizes, strides.data(), dtype, device, index, &handle) ==
-                      0,
-                  "fastkfo: could not allocate an output");
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides.data(), dtype, device, index, &handle) == 0,
+      "fastkfo: could not allocate an output");
   return Tensor(handle);
 }
 

@@ -16,9 +16,8 @@ void parallel_units(const std::vector<int64_t>& costs, const F& run) {
   const int64_t units = static_cast<int64_t>(costs.size());
   int64_t total = 0;
   for (const int64_t cost : costs) total += cost;
-  const int64_t threads =
-      std::min<int64_t>({units, static_cast<int64_t>(torch::stable::get_num_threads()),
-                         total / kWorthAThread});
+  const int64_t threads = std::min<int64_t>(
+      {units, static_cast<int64_t>(torch::stable::get_num_threads()), total / kWorthAThread});
   if (threads <= 1) {
     for (int64_t u = 0; u < units; ++u) run(u);
     return;

@@ -15,8 +15,11 @@ class PartialSums {
  public:
   // entries: operands (one per task, or one for all); parts: summands of each; size: its numbers.
   PartialSums(Tensor out, int64_t entries, int64_t parts, int64_t size)
-      : out_(std::move(out)), data_(static_cast<T*>(out_.data_ptr())), entries_(entries),
-        parts_(parts), size_(size) {
+      : out_(std::move(out)),
+        data_(static_cast<T*>(out_.data_ptr())),
+        entries_(entries),
+        parts_(parts),
+        size_(size) {
     if (!direct()) buffer_.reset(new S[std::max<int64_t>(1, entries * parts * size)]);
   }
 

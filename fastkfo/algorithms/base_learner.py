@@ -16,9 +16,11 @@ class BaseLearner(nn.Module):
         module: the module to wrap.
     """
 
+    module: nn.Module
+
     def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()
-        self.module = module
+        self.module = module  # type: ignore[assignment]
 
     def __getattr__(self, attr: str) -> Any:
         """The attribute of the learner, else that of the wrapped module."""
@@ -29,7 +31,7 @@ class BaseLearner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module."""
-        return self.module(*args, **kwargs)  # type: ignore[misc]
+        return self.module(*args, **kwargs)
 
 
 def check_module(name: str, module: object) -> None:

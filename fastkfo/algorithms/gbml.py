@@ -231,7 +231,9 @@ class GBML(nn.Module):
             return
         old = phi.params
         new = dict(
-            zip(map(id, learned), updated_parameters(None, learned, phi_grads, self.lr), strict=True)
+            zip(
+                map(id, learned), updated_parameters(None, learned, phi_grads, self.lr), strict=True
+            )
         )
         phi.put([new.get(id(p), p) for p in old])
         try:

@@ -41,7 +41,9 @@ def meta_sgd_update(
     lrs = [getattr(p, "_lr", None) for p in params] if lrs is None else list(lrs)  # type: ignore[misc]
     for name, values in (("lrs", lrs), ("grads", grads)):
         if len(values) != len(params):
-            raise ValueError(f"{name}: expected {len(params)}, one per parameter, got {len(values)}")
+            raise ValueError(
+                f"{name}: expected {len(params)}, one per parameter, got {len(values)}"
+            )
     for i, (lr, grad) in enumerate(zip(lrs, grads, strict=True)):
         if lr is None and grad is not None:
             raise ValueError(f"lrs: expected a tensor for parameter {i}, got None")

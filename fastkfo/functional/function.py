@@ -59,7 +59,7 @@ def apply(function: Any, *args: Any) -> Any:
 
 def _differentiated(args: Any) -> bool:
     return torch.is_grad_enabled() and any(
-        [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
+        isinstance(x, torch.Tensor) and x.requires_grad for x in args
     )
 
 
@@ -67,7 +67,7 @@ def _distinct(args: Any) -> list[Any]:
     """The arguments as Dynamo takes them: no tensor twice."""
     out: list[Any] = []
     for x in args:
-        twice = isinstance(x, torch.Tensor) and any([x is y for y in out])
+        twice = isinstance(x, torch.Tensor) and any(x is y for y in out)
         out.append(x.view_as(x) if twice else x)
     return out
 

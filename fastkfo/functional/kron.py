@@ -8,7 +8,7 @@ Can Adapt Fast and How to Assist When It Cannot", AISTATS 2021; docs/kron.md has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -300,7 +300,7 @@ def _broadcast(name: str, i: int, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def kron_unchecked(
     dims: tuple[int, ...],
     alpha: tuple[float, ...],
-    groups: dict[int, Group],
+    groups: Mapping[int, Group],
     implementation: str = "auto",
 ) -> list[Tensor]:
     """`θ + α S ∘ (A G C + β)` for operands known to be right.

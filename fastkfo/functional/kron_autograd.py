@@ -7,7 +7,7 @@ again Functions, up to the second; beyond it they are those of the reference for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,11 @@ def call(
     dims: tuple[int, ...],
     alpha: tuple[float, ...],
     extra: tuple[Any, ...],
-    groups: dict[int, Group],
+    groups: Mapping[int, Group],
 ) -> tuple[Tensor, ...]:
     """Apply a Function to groups of operands, in the order of their bits."""
-    present, tensors = 0, []
+    present = 0
+    tensors: list[Tensor | None] = []
     for bit in DOUBLE_BITS if COTANGENT in groups else FORWARD_BITS:
         group = groups.get(bit)
         if group and any(x is not None for x in group):
@@ -62,7 +63,7 @@ def split(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any
     return [tensors[s] for s in _slices(bits, present, count)]
 
 
-def by_bit(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> dict:
+def by_bit(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> dict[int, Any]:
     """The groups of operands by bit."""
     return dict(zip(bits, split(bits, present, count, tensors), strict=True))
 
@@ -134,7 +135,7 @@ class KronForward(Function):
         tensors = ctx.saved_tensors
         if plan.slots:
             if False in live:  # its item wants nothing; the op needs a shape
-                cotangents = _filled(cotangents, ctx.dims, tensors)
+                cotangents = tuple(_filled(cotangents, ctx.dims, tensors))
             results = _backward(
                 ctx.dims, alpha, ctx.kept | COTANGENT, plan.wanted, (*cotangents, *tensors)
             )
@@ -396,7 +397,7 @@ def canonical_like(x: Tensor, bit: int, dims: Sequence[int]) -> Tensor:
 def _vmap_derivative(
     function: Any,
     out_bits: Sequence[int],
-    in_bits: Sequence[int],
+    in_bits: tuple[int, ...],
     info: Any,
     in_dims: Any,
     dims: Any,

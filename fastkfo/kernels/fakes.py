@@ -27,10 +27,8 @@ def register() -> None:
 
 
 def _without_negative_views(name: str, *args: Any) -> list[Tensor]:
-    """Call an op without lazily negated tensors (`z.conj().imag` is one).
-
-    PyTorch's own fallback looks into lists of tensors, but not into those with gaps.
-    """
+    """Call an op without lazily negated tensors (`z.conj().imag` is one)."""
+    # PyTorch's own fallback looks into lists of tensors, but not into those with gaps.
     resolved = [
         [x.resolve_neg() if isinstance(x, Tensor) else x for x in arg]
         if isinstance(arg, (list, tuple))

@@ -60,10 +60,10 @@ def _load() -> Status:
     prebuilt = sorted(PACKAGE.glob("_C*.so")) + sorted(PACKAGE.glob("_C*.pyd"))
     if not prebuilt:
         errors.append(f"prebuilt: no file _C*.so in {PACKAGE}")
-    for path in prebuilt:
-        error = _try_library(str(path))
+    for library in map(str, prebuilt):
+        error = _try_library(library)
         if error is None:
-            return Status("prebuilt", str(path), None)
+            return Status("prebuilt", library, None)
         errors.append(f"prebuilt: {error}")
     try:
         path = _compile()

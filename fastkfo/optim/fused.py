@@ -185,9 +185,7 @@ class KroneckerStep:
     def take(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Tensor]:
         """The updated parameters."""
         return list(
-            apply(
-                KronForward, self.dims, self.alpha, self.present, *params, *grads, *self.operands
-            )
+            apply(KronForward, self.dims, self.alpha, self.present, *params, *grads, *self.operands)
         )
 
 
@@ -307,9 +305,7 @@ def updated_parameters(
         ValueError: shapes, lengths or devices do not match.
     """
     if len(grads) != len(params):
-        raise ValueError(
-            f"gradients: expected {len(params)}, one per parameter, got {len(grads)}"
-        )
+        raise ValueError(f"gradients: expected {len(params)}, one per parameter, got {len(grads)}")
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is not None:
             _check_like("the gradient", grad, param, i)

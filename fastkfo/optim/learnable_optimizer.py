@@ -81,10 +81,12 @@ class LearnableOptimizer(nn.Module):
                 p.retain_grad()
             else:
                 p.requires_grad_()  # nothing to learn in its transform: a leaf again
-        slots.put([old if g is None else p for old, p, g in zip(slots.params, new, grads, strict=True)])
+        slots.put(
+            [old if g is None else p for old, p, g in zip(slots.params, new, grads, strict=True)]
+        )
         return loss
 
-    def zero_grad(self) -> None:
+    def zero_grad(self) -> None:  # type: ignore[override]
         """Set the gradients of the model's parameters to new zeros; the old ones stay in graphs."""
         for p in self.info["model"].parameters():
             if _grad(p) is not None:

@@ -83,7 +83,5 @@ class ParameterUpdate(nn.Module):
                 f"parameters: expected {len(self.transforms_indices)}, one per transform, "
                 f"got {len(parameters)}"
             )
-        grads = gradients(
-            loss, parameters, create_graph, retain_graph, allow_unused, allow_nograd
-        )
+        grads = gradients(loss, parameters, create_graph, retain_graph, allow_unused, allow_nograd)
         return transform_gradients(self.transforms(), grads)

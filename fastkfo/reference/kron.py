@@ -52,9 +52,7 @@ def kron_double_backward(
     w, dw = alpha * s_ * cotangent, alpha * ds * cotangent
 
     p, z = _product(g, None, c), _product(w, _t(a), None)
-    dp = _product_or_zero(d.grad, None, c) + (
-        0 if d.right is None else _product(g, None, d.right)
-    )
+    dp = _product_or_zero(d.grad, None, c) + (0 if d.right is None else _product(g, None, d.right))
     dz = _product(dw, _t(a), None) + (0 if d.left is None else _product(w, _t(d.left), None))
     zero = torch.zeros_like(cotangent)
     dp, dy = dp + zero, dy + zero

@@ -39,7 +39,9 @@ class MetaCurvatureTransform(nn.Module):
             return nn.Parameter(torch.eye(size, dtype=param.dtype, device=param.device))
 
         if self.dim == 0:
-            raise NotImplementedError("param: MetaCurvatureTransform expects one axis or more, got []")
+            raise NotImplementedError(
+                "param: MetaCurvatureTransform expects one axis or more, got []"
+            )
         if self.dim == 1:
             self.mc = nn.Parameter(torch.ones_like(param))
         elif self.dim == 2:

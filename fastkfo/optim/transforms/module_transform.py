@@ -32,7 +32,9 @@ class ReshapedTransform(nn.Module):
         """
         update = self.transform(grad.reshape(self.in_shape))
         if not isinstance(update, torch.Tensor):
-            raise TypeError(f"transform: expected it to return a tensor, got {type(update).__name__}")
+            raise TypeError(
+                f"transform: expected it to return a tensor, got {type(update).__name__}"
+            )
         if update.numel() != grad.numel():
             raise ValueError(
                 f"transform: expected it to return {grad.numel()} elements, as the gradient of "

@@ -28,9 +28,7 @@ class DifferentiableSGD(nn.Module):
         finite("lr", lr)
         self.lr = lr
 
-    def forward(
-        self, module: nn.Module, gradients: Sequence[Tensor | None] | None = None
-    ) -> None:
+    def forward(self, module: nn.Module, gradients: Sequence[Tensor | None] | None = None) -> None:
         """Exchange the parameters of a module for updated ones, differentiably.
 
         Args:
