@@ -31,7 +31,8 @@ def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Ten
         ValueError: a factor has fewer than two axes, or `implementation` is unknown.
         ImplementationUnavailable: the implementation named is not available.
     """
-    if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+    given: object = factors
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"factors: expected a list of tensors, got {type(factors).__name__}")
     for i, factor in enumerate(factors):
         checks.floating_tensor(f"factors[{i}]", factor)

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastkfo import reference
 from fastkfo.functional import checks
 from fastkfo.functional.gram import gram_unchecked
-from fastkfo.functional.kron_autograd import (
+from fastkfo.functional.kron_autograd import KronForward
+from fastkfo.functional.kron_layout import (
     BIAS,
     GRAD,
     LEFT,
@@ -25,7 +26,6 @@ from fastkfo.functional.kron_autograd import (
     RIGHT,
     SCALE,
     Group,
-    KronForward,
     call,
     canonical,
 )
@@ -354,6 +354,7 @@ def _reference(dims: Sequence[int], alpha: float, x: dict[int, Tensor | None]) -
         u = u.clone()
     if alpha != 1.0:
         u = alpha * u
-    if c.get(PARAM) is not None:
-        u = c[PARAM] + u
+    param = c.get(PARAM)
+    if param is not None:
+        u = param + u
     return u.reshape(grad.shape).to(grad.dtype)

@@ -1,13 +1,12 @@
 """Autograd and vmap of the native Kronecker update.
 
-A call is `(dims, alpha, present, *tensors)`: dims T B n m and one alpha per item, then the groups
-of operands that `present` has bits for, each with one tensor or None per item. Derivatives are
-again Functions, up to the second; beyond it they are those of the reference formula.
+Calls are laid out as in kron_layout.py. Derivatives are again Functions, up to the second; beyond
+it they are those of the reference formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,57 +14,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastkfo.functional.function import apply, cached, with_eager_form
-from fastkfo.kernels.fakes import BIAS, COTANGENT, GRAD, LEFT, RIGHT, SCALE
+from fastkfo.functional.kron_layout import (
+    BACKWARD_BITS,
+    COTANGENT,
+    DOUBLE_BITS,
+    DOUBLE_OUT,
+    FORWARD_BITS,
+    GRAD,
+    PARAM,
+    TANGENT_BITS,
+    X_BITS,
+    Fold,
+    Group,
+    by_bit,
+    call,
+    canonical,
+    slices,
+    split,
+)
 from fastkfo.reference.kron import Operands, kron_double_backward
-
-PARAM = 64
-X_BITS = (GRAD, LEFT, RIGHT, BIAS, SCALE)
-FORWARD_BITS = (PARAM, *X_BITS)
-BACKWARD_BITS = (COTANGENT, *X_BITS)
-TANGENT_BITS = tuple(bit << 8 for bit in X_BITS)
-DOUBLE_OUT = (*X_BITS, COTANGENT)  # in the order of the bits, as the raw op returns them
-DOUBLE_BITS = (*BACKWARD_BITS, *TANGENT_BITS)
-
-Group = Sequence[Tensor | None]
-
-
-def call(
-    function: Any,
-    dims: tuple[int, ...],
-    alpha: tuple[float, ...],
-    extra: tuple[Any, ...],
-    groups: Mapping[int, Group],
-) -> tuple[Tensor, ...]:
-    """Apply a Function to groups of operands, in the order of their bits."""
-    present = 0
-    tensors: list[Tensor | None] = []
-    for bit in DOUBLE_BITS if COTANGENT in groups else FORWARD_BITS:
-        group = groups.get(bit)
-        if group and any(x is not None for x in group):
-            present |= bit
-            tensors.extend(group)
-    return apply(function, dims, alpha, present, *extra, *tensors)
-
-
-@cached
-def _slices(bits: tuple[int, ...], present: int, count: int) -> tuple[slice, ...]:
-    """Where each group of operands is; an empty slice for an absent one."""
-    slices, k = [], 0
-    for bit in bits:
-        size = count if present & bit else 0
-        slices.append(slice(k, k + size))
-        k += size
-    return tuple(slices)
-
-
-def split(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> list[Any]:
-    """The groups of operands in the order of `bits`; an empty one for an absent one."""
-    return [tensors[s] for s in _slices(bits, present, count)]
-
-
-def by_bit(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> dict[int, Any]:
-    """The groups of operands by bit."""
-    return dict(zip(bits, split(bits, present, count, tensors), strict=True))
 
 
 class Plan(NamedTuple):
@@ -86,7 +53,7 @@ def _plan(
     live: tuple[bool, ...],
 ) -> Plan:
     """The plan for operands `in_bits`, of which those in `out_bits` may want a gradient."""
-    first = {b: s.start for b, s in zip(in_bits, _slices(in_bits, present, count), strict=True)}
+    first = {b: s.start for b, s in zip(in_bits, slices(in_bits, present, count), strict=True)}
     wanted, slots = [], []
     for i in range(count):
         bits = 0
@@ -130,7 +97,7 @@ class KronForward(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         alpha, count = ctx.alpha, len(ctx.alpha)
-        live = tuple([c is not None for c in cotangents])
+        live = tuple(c is not None for c in cotangents)
         plan = _plan(FORWARD_BITS, X_BITS, ctx.present, count, ctx.needs_input_grad[3:], live)
         tensors = ctx.saved_tensors
         if plan.slots:
@@ -277,7 +244,7 @@ class KronDoubleBackward(Function):
                 full[k] = x
             return tuple(_reference(ctx.dims, ctx.alpha, ctx.present, ctx.wanted, full))
 
-        _, vjp = torch.func.vjp(formula, *(ctx.saved_tensors[k] for k in given))
+        vjp: Any = torch.func.vjp(formula, *(ctx.saved_tensors[k] for k in given))[1]
         gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         for k, x in zip(given, vjp(d_outputs), strict=True):
             gradients[k] = x
@@ -320,7 +287,7 @@ def _reference(
         operands = Operands(grad, *(given[bit] for bit in X_BITS[1:]))
         tangents = Operands(*(given[bit] for bit in TANGENT_BITS))
         to_cotangent, gradients = kron_double_backward(cotangent, operands, tangents, alpha[i])
-        results = dict(zip(X_BITS, gradients, strict=True)) | {COTANGENT: to_cotangent}
+        results: dict[int, Any] = dict(zip(X_BITS, gradients, strict=True)) | {COTANGENT: to_cotangent}
         for bit in DOUBLE_OUT:
             if bits & bit:
                 like = x[bit][i]
@@ -328,70 +295,6 @@ def _reference(
                 full = given[bit].shape  # type: ignore[union-attr]
                 out.append(result.sum_to_size(full).reshape(like.shape))
     return out
-
-
-def canonical(x: Tensor | None, bit: int, dims: Sequence[int]) -> Tensor | None:
-    """An operand in its canonical shape: four axes, or three for a factor or a bias."""
-    if x is None:
-        return None
-    tasks, batch, n, m = dims
-    if bit >= 1 << 8:
-        bit >>= 8
-    if bit == SCALE:
-        if x.numel() == 1:
-            return x.reshape(1, 1, 1, 1)
-        if x.dim() == 4 and tuple(x.shape[1:]) == (1, 1, 1):
-            return x
-    rows, cols = {LEFT: (n, n), RIGHT: (m, m)}.get(bit, (n, m))
-    trailing = (rows, cols) if bit in (LEFT, RIGHT, BIAS) else (batch, rows, cols)
-    one_task = 1
-    for size in trailing:
-        one_task *= size
-    return x.reshape(tasks if x.numel() == tasks * one_task else 1, *trailing)
-
-
-class Fold:
-    """Moves the axis that vmap maps into the task axis: T tasks become size * T."""
-
-    def __init__(self, size: int, dims: tuple[int, ...]) -> None:
-        self.size = size
-        self.old = dims
-        self.dims = tuple(size * d if k % 4 == 0 else d for k, d in enumerate(dims))
-
-    def operand(
-        self, i: int, x: Tensor | None, in_dim: int | None, bit: int, share: bool
-    ) -> Tensor | None:
-        """Operand x of item i for size * T tasks; or as it is, if one for all and to be shared."""
-        if x is None:
-            return None
-        shape = self.old[4 * i : 4 * i + 4]
-        tasks = shape[0]
-        if in_dim is None:
-            one = canonical(x, bit, shape)
-            assert one is not None
-            if share and one.shape[0] == 1:
-                return one
-            one = one.expand(tasks, *one.shape[1:]).unsqueeze(0)
-        else:
-            moved = x.movedim(in_dim, 0)
-            rows = [canonical_like(moved, bit, shape)]
-            one = rows[0].expand(self.size, tasks, *rows[0].shape[2:])
-        one = one.expand(self.size, *one.shape[1:])
-        return one.reshape(self.size * tasks, *one.shape[2:])
-
-    def logical_shape(self, x: Tensor, in_dim: int | None) -> tuple[int, ...]:
-        """The shape of x as the mapped function sees it."""
-        shape = list(x.shape)
-        if in_dim is not None:
-            del shape[in_dim]
-        return tuple(shape)
-
-
-def canonical_like(x: Tensor, bit: int, dims: Sequence[int]) -> Tensor:
-    """`canonical` of x `[V, ...]`, keeping the mapped axis in front."""
-    one = canonical(x[0], bit, dims) if x.shape[0] else None
-    shape = one.shape if one is not None else canonical(x.new_empty(x.shape[1:]), bit, dims).shape  # type: ignore[union-attr]
-    return x.reshape(x.shape[0], *shape)
 
 
 def _vmap_derivative(

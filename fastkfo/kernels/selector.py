@@ -24,6 +24,13 @@ def select(implementation: str, device: torch.device) -> str:
     "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
     otherwise takes the fastest that is there. A name never degrades to another.
 
+    Args:
+        implementation: one of `IMPLEMENTATIONS`.
+        device: where the operands are.
+
+    Returns:
+        The name of the implementation.
+
     Raises:
         ValueError: `implementation` is none of `IMPLEMENTATIONS`.
         ImplementationUnavailable: what was named is not available for `device`.

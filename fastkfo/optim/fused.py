@@ -18,7 +18,8 @@ from fastkfo.functional.checks import by_dtype_and_device
 from fastkfo.functional.function import apply
 from fastkfo.functional.gram import gram_unchecked
 from fastkfo.functional.kron import kron_unchecked
-from fastkfo.functional.kron_autograd import BIAS, GRAD, LEFT, PARAM, RIGHT, SCALE, KronForward
+from fastkfo.functional.kron_autograd import KronForward
+from fastkfo.functional.kron_layout import BIAS, GRAD, LEFT, PARAM, RIGHT, SCALE
 from fastkfo.kernels.selector import select
 
 Rate = Any  # a number, or a tensor

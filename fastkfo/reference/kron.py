@@ -25,7 +25,7 @@ class Operands(NamedTuple):
 
 def kron_transform(x: Operands) -> Tensor:
     """`U = S ∘ (A G C + β)`, `[T, B, n, m]`."""
-    u = _product(x.grad, x.left, x.right)
+    u = _product(_given(x.grad), x.left, x.right)
     if x.bias is not None:
         u = u + x.bias.unsqueeze(1)
     return u if x.scale is None else x.scale * u
@@ -38,8 +38,18 @@ def kron_double_backward(
 
     kron_backward is the gradient of `⟨λ, Y(x)⟩`, so its derivative along d is symmetric: λ̄ is the
     tangent of Y along d, and x̄ the tangent of the gradient itself.
+
+    Args:
+        cotangent: λ, `[T, B, n, m]`.
+        x: the operands; the gradient must be there.
+        d: cotangents of the operands' gradients.
+        alpha: α.
+
+    Returns:
+        λ̄ and x̄, the latter per task (not yet summed to the shapes of shared operands).
     """
-    g, a, c, _, s = x
+    a, c, s = x.left, x.right, x.scale
+    g = _given(x.grad)
     y = _product(g, a, c) + _zero_or(x.bias)
     dy = (
         _product_or_zero(d.grad, a, c)
@@ -68,11 +78,16 @@ def kron_double_backward(
     return alpha * (s_ * dy + ds * y) + zero, tangents
 
 
-def _product(grad: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
-    assert grad is not None  # for the type checker: callers pass it
+def _product(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     if left is not None:
         grad = left.unsqueeze(1) @ grad
     return grad if right is None else grad @ right.unsqueeze(1)
+
+
+def _given(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise TypeError("x: expected operands with a gradient, got None")
+    return x
 
 
 def _product_or_zero(
