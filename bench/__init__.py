@@ -1,0 +1,1 @@
+"""Benchmarks; each checks that the results agree before it times anything."""

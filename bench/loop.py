@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, in processes apart")
     parser.add_argument("--save", default=None, help="name of the record under bench/results")
     options = parser.parse_args()
-    print(
-        f"{'workload':15} {'method':14} {'learn2learn':>12} {'fastkfo':>9} {'faster':>20} {'differ':>8}"
-    )
+    print("workload        method          learn2learn   fastkfo               faster   differ")
     rows = []
     for name in options.workload:
         for method in options.method:

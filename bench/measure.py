@@ -41,7 +41,7 @@ def interleaved(
 
 
 def summary(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Medians and quartiles in milliseconds, and the median ratio of the baseline, round by round."""
+    """Medians and quartiles in milliseconds, and of the baseline's ratio, round by round."""
     table = {}
     for name, seconds in samples.items():
         low, median, high = statistics.quantiles(seconds, n=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ def _classification(tasks: int, samples: int, *shape: int, ways: int = 5) -> lis
 
 def _mlp(sizes: list[int], norm: bool) -> nn.Module:
     layers: list[nn.Module] = []
-    for n, m in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for n, m in pairwise(sizes[:-1]):
         layers += [nn.Linear(n, m), *([nn.BatchNorm1d(m)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import check_module
 from fastkfo.functional.checks import finite
+from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.differentiate import gradients
-from fastkfo.optim.fused import GramCache, updated_parameters
+from fastkfo.optim.fused import updated_parameters
 from fastkfo.optim.parameter_update import ParameterUpdate
 from fastkfo.optim.update_rules import DifferentiableSGD
 from fastkfo.utils import ParameterSlots, clone_module
@@ -101,6 +102,9 @@ class GBML(nn.Module):
 
         Raises:
             TypeError: the model has been compiled.
+
+        A clone keeps `LᵀL` of its factors from step to step. It notices when they are changed in
+        place, but not through `.data`, which leaves no trace.
         """
         clone = GBML.__new__(GBML)
         nn.Module.__init__(clone)
@@ -181,7 +185,7 @@ class GBML(nn.Module):
             phi_grads = _through_last_update(slots.params, learned, grads, allow_unused)
 
         def updated() -> list[Tensor]:
-            transforms = self.compute_update.transforms()  # type: ignore[operator]
+            transforms = self.compute_update.transforms()
             return updated_parameters(transforms, slots.params, grads, self.lr, self._gram_cache)
 
         self._commit(slots, phi, learned, phi_grads, updated)
@@ -254,6 +258,15 @@ def _through_last_update(
 
     First order: the graph of the loss is not kept, that of the update is, so that φ's own updates
     stay differentiable in φ.
+
+    Args:
+        params: θ, after their last update.
+        phi: φ.
+        grads: the gradients in θ, or None.
+        allow_unused: whether a parameter in φ that the update does not use is given None.
+
+    Returns:
+        The gradients in φ.
     """
     live = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and p.requires_grad]
     return list(

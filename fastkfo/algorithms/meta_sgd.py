@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +39,16 @@ def meta_sgd_update(
     slots = ParameterSlots(model)
     params = slots.params
     grads = own_gradients(params) if grads is None else list(grads)
-    lrs = [getattr(p, "_lr", None) for p in params] if lrs is None else list(lrs)  # type: ignore[misc]
-    for name, values in (("lrs", lrs), ("grads", grads)):
+    rates: list[Any] = [getattr(p, "_lr", None) for p in params] if lrs is None else list(lrs)
+    for name, values in (("lrs", rates), ("grads", grads)):
         if len(values) != len(params):
             raise ValueError(
                 f"{name}: expected {len(params)}, one per parameter, got {len(values)}"
             )
-    for i, (lr, grad) in enumerate(zip(lrs, grads, strict=True)):
+    for i, (lr, grad) in enumerate(zip(rates, grads, strict=True)):
         if lr is None and grad is not None:
             raise ValueError(f"lrs: expected a tensor for parameter {i}, got None")
-    slots.put(updated_parameters(None, params, grads, lrs))
+    slots.put(updated_parameters(None, params, grads, rates))
     return model
 
 
@@ -114,6 +115,9 @@ class MetaSGD(BaseLearner):
 
     def clone(self) -> MetaSGD:
         """A learner for one task, whose parameters and rates lead back to this one's.
+
+        Returns:
+            The clone.
 
         Raises:
             TypeError: the model has been compiled.

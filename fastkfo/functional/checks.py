@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def finite(name: str, value: object) -> None:
     """Raise unless `value` is a tensor or a finite number. A tensor's value is not looked at."""
     if isinstance(value, Tensor):
         return floating_tensor(name, value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -287,7 +287,9 @@ def _reference(
         operands = Operands(grad, *(given[bit] for bit in X_BITS[1:]))
         tangents = Operands(*(given[bit] for bit in TANGENT_BITS))
         to_cotangent, gradients = kron_double_backward(cotangent, operands, tangents, alpha[i])
-        results: dict[int, Any] = dict(zip(X_BITS, gradients, strict=True)) | {COTANGENT: to_cotangent}
+        results: dict[int, Any] = dict(zip(X_BITS, gradients, strict=True)) | {
+            COTANGENT: to_cotangent
+        }
         for bit in DOUBLE_OUT:
             if bits & bit:
                 like = x[bit][i]

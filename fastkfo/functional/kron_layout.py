@@ -59,7 +59,9 @@ def split(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any
     return [tensors[s] for s in slices(bits, present, count)]
 
 
-def by_bit(bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]) -> dict[int, Any]:
+def by_bit(
+    bits: tuple[int, ...], present: int, count: int, tensors: Sequence[Any]
+) -> dict[int, Any]:
     """The groups of operands by bit."""
     return dict(zip(bits, split(bits, present, count, tensors), strict=True))
 
@@ -126,5 +128,3 @@ class Fold:
         if in_dim is not None:
             del shape[in_dim]
         return tuple(shape)
-
-

@@ -36,6 +36,12 @@ class KroneckerTransform:
     def __call__(self, param: Tensor) -> ReshapedTransform:
         """The transform for one parameter, in its dtype and on its device.
 
+        Args:
+            param: the parameter.
+
+        Returns:
+            The transform.
+
         Raises:
             TypeError: `param` is not a floating-point tensor.
         """

@@ -24,7 +24,13 @@ class ReshapedTransform(nn.Module):
         self.in_shape = shape
 
     def forward(self, grad: Tensor) -> Tensor:
-        """Transform a gradient of any strides; the result has its shape.
+        """Transform a gradient of any strides.
+
+        Args:
+            grad: the gradient.
+
+        Returns:
+            The update, in the gradient's shape.
 
         Raises:
             TypeError: the module returned no tensor.
@@ -55,6 +61,12 @@ class ModuleTransform:
 
     def __call__(self, parameter: Tensor) -> ReshapedTransform:
         """The transform for one parameter, in its dtype and on its device.
+
+        Args:
+            parameter: the parameter.
+
+        Returns:
+            The transform.
 
         Raises:
             TypeError: `parameter` is not a floating-point tensor.
