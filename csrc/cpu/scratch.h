@@ -15,7 +15,7 @@ class Scratch {
     const int64_t rounded = (size + kAlign) / kAlign * kAlign;
     if (blocks_.empty() || used_ + rounded > capacity_) {
       capacity_ = rounded > kFirst ? rounded : kFirst;
-      blocks_.push_back(std::make_unique<S[]>(capacity_));
+      blocks_.emplace_back(new S[capacity_]);  // not make_unique, which would write zeros
       total_ += capacity_;
       used_ = 0;
     }
@@ -32,7 +32,7 @@ class Scratch {
       blocks_.clear();
       total_ = capacity_ = 0;
       if (total <= kKeep) {
-        blocks_.push_back(std::make_unique<S[]>(total));
+        blocks_.emplace_back(new S[total]);
         total_ = capacity_ = total;
       }
     }
