@@ -126,10 +126,9 @@ def test_known_transforms_are_fused(monkeypatch, lib, transform, options):
 @pytest.mark.parametrize("options", [{}, {"first_order": True}], ids=["second", "first"])
 def test_one_call_of_the_op_for_all_parameters(monkeypatch, options):
     calls = []
-    for name in ("kron_unchecked", "apply"):  # gathered, or a step taken again
-        run = getattr(fused, name, None)
-        if run is not None:
-            monkeypatch.setattr(fused, name, lambda *a, run=run: calls.append(1) or run(*a))
+    for module, name in ((fused, "kron_unchecked"), (clone_cache, "apply")):  # gathered or repeated
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, run=run: calls.append(1) or run(*a))
     clone = learner_of(fastkfo, "cnn", "kron-psd", **options).clone()
     for step in range(3):
         clone.adapt(support_loss(clone, "cnn"))

@@ -64,6 +64,11 @@ def _select(implementation: str, device: str) -> str:
     return implementation
 
 
+# torch.compile takes its result for a constant and does not trace into loading a library. This is
+# what torch.compiler.assume_constant_result sets; importing that takes seconds.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unavailable(implementation: str, device: str) -> str | None:
     """Why an implementation cannot run on a kind of device, or None if it can."""
     if implementation == "reference":

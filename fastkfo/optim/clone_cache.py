@@ -14,7 +14,7 @@ from fastkfo.functional.gram import gram_unchecked
 from fastkfo.functional.kron_autograd import KronForward
 from fastkfo.functional.kron_layout import BIAS, GRAD, LEFT, PARAM, RIGHT
 from fastkfo.kernels.selector import select
-from fastkfo.optim.recognise import KroneckerPart, global_hooks, kind_of, kronecker_part
+from fastkfo.optim.recognise import HOOKS, KroneckerPart, global_hooks, kind_of, kronecker_part
 
 
 class GramCache:
@@ -86,16 +86,25 @@ class KroneckerStep:
             return None
         if select("auto", grads[0].device) != "native":
             return None
-        return KroneckerStep(transforms, parts, lr, cache)
+        return KroneckerStep(transforms, grads, parts, lr, cache)
 
     def __init__(
-        self, transforms: Sequence[Any], parts: list[KroneckerPart], lr: Any, cache: GramCache
+        self,
+        transforms: Sequence[Any],
+        grads: Sequence[Any],
+        parts: list[KroneckerPart],
+        lr: Any,
+        cache: GramCache,
     ) -> None:
-        self.transforms, self.lr, self.parts = list(transforms), lr, parts
+        self.transforms, self.lr = list(transforms), lr
         self.linears = [t._modules["transform"] for t in transforms]
         self.own = [linear._parameters for linear in self.linears]
-        self.raw = [x for own in self.own for x in own.values()]
-        self.options = self._options()
+        modules = [*transforms, *self.linears]
+        states = [vars(module) for module in modules]
+        self.modules, self.types = modules, list(map(type, modules))
+        self.hooks = [state[name] for state in states for name in HOOKS]
+        self.states = states
+        self.facts = self._facts(grads)
         self.dims = tuple([d for part in parts for d in part.dims])
         self.alpha = (-float(lr),) * len(parts)
         left, right = [part.left for part in parts], [part.right for part in parts]
@@ -110,28 +119,28 @@ class KroneckerStep:
         self.present = PARAM | GRAD | LEFT | RIGHT | (BIAS if with_bias else 0)
         self.operands = [*left, *right, *(bias if with_bias else ())]
 
-    def _options(self) -> list[Any]:
-        pairs = zip(self.transforms, self.linears, strict=True)
-        return [(tuple(t.in_shape), linear.psd, linear.device) for t, linear in pairs]
+    def _facts(self, grads: Sequence[Any]) -> list[Any]:
+        """Everything that the operands depend on and that may change."""
+        raw = [x for own in self.own for x in own.values()]
+        facts: list[Any] = [*map(id, raw), *[x.dtype for x in raw if x is not None]]
+        for transform, linear, grad in zip(self.transforms, self.linears, grads, strict=True):
+            facts += (transform.in_shape, linear.psd, linear.device, grad.dtype, grad.device)
+        return facts
 
     def matches(
         self, transforms: Sequence[Any], grads: Sequence[Any], lr: Any, cache: GramCache
     ) -> bool:
         """Whether the same step would be made anew."""
-        if isinstance(lr, Tensor) or lr != self.lr:
+        if isinstance(lr, Tensor) or lr != self.lr or self.transforms != transforms:
             return False
-        if self.transforms != transforms or global_hooks():
+        if any(self.hooks) or global_hooks() or any(["forward" in s for s in self.states]):
             return False
-        raw: list[Any] = []
+        if list(map(type, self.modules)) != self.types:  # a parametrization changes the class
+            return False
         for transform, linear, own in zip(self.transforms, self.linears, self.own, strict=True):
             if transform._modules["transform"] is not linear or linear._parameters is not own:
                 return False
-            if kind_of(transform) != "reshaped" or kind_of(linear) != "kronecker":
-                return False
-            raw += own.values()
-        if list(map(id, raw)) != list(map(id, self.raw)) or self._options() != self.options:
-            return False
-        if not all([part.like(grad) for part, grad in zip(self.parts, grads, strict=True)]):
+        if self._facts(grads) != self.facts:
             return False
         return not self.factors or cache.holds(self.factors)
 

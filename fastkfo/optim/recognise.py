@@ -32,15 +32,12 @@ def kind_of(module: nn.Module) -> str | None:
     return kind
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _plain(module: nn.Module) -> bool:
     state = module.__dict__
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
+    return "forward" not in state and not any([state[name] for name in HOOKS])
 
 
 def global_hooks() -> bool:
