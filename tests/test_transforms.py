@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 import fastkfo
 from fastkfo.algorithms import GBML
 from fastkfo.nn import KroneckerLinear, Scale
-from fastkfo.optim import KroneckerTransform, fused
+from fastkfo.optim import KroneckerTransform, clone_cache, fused
 from fastkfo.optim.transforms import (
     MetaCurvatureTransform,
     ModuleTransform,

@@ -11,11 +11,12 @@ namespace fastkfo::cpu {
 namespace {
 
 // One matrix of a factor [..., rows, n]; the partner is the cotangent [..., n, n] or the tangent.
+// A unit of work is the rows [first, last) of its result.
 template <class T>
 struct Factor {
   const T *data, *partner;
   T* out;
-  int64_t rows, n, partner_rows;
+  int64_t rows, n, first, last;
 };
 
 template <class S, class T>
@@ -34,39 +35,20 @@ void store(const S* from, int64_t count, T* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
 }
 
-// Where an [n, n] result is computed: in place, unless it has to be rounded afterwards.
-template <class S, class T>
-S* scratch_or_output(const Factor<T>& f, Scratch<S>& scratch) {
-  if constexpr (std::is_same_v<S, T>)
-    return f.out;
-  else
-    return scratch.take(f.n * f.n);
-}
-
-// Copies what is above the diagonal below it, in tiles that stay in cache.
-template <class S>
-void mirror(S* x, int64_t n) {
-  constexpr int64_t tile = 16;
-  for (int64_t i0 = 0; i0 < n; i0 += tile)
-    for (int64_t j0 = 0; j0 <= i0; j0 += tile)
-      for (int64_t i = i0; i < std::min(n, i0 + tile); ++i)
-        for (int64_t j = j0; j < std::min(i, j0 + tile); ++j) x[i * n + j] = x[j * n + i];
-}
-
+// The result is symmetric: a unit computes its rows from the diagonal on, and mirrors them.
 template <class S, class T>
 void gram_one(const Factor<T>& f, Scratch<S>& scratch) {
   const Matrix<S> l = load<S>(f.data, f.rows, f.n, scratch);
-  S* to = scratch_or_output<S>(f, scratch);
-  // The result is symmetric: blocks of rows from the diagonal on, then the mirror image.
-  constexpr int64_t block = 32;
-  for (int64_t i = 0; i < f.n; i += block) {
-    const int64_t rows = std::min(block, f.n - i);
-    const Matrix<S> left{l.data + i, 1, f.n};
-    gemm<S>(rows, f.n - i, f.rows, left, {l.data + i, f.n, 1}, to + i * f.n + i, f.n, false,
-            scratch);
-  }
-  mirror(to, f.n);
-  if constexpr (!std::is_same_v<S, T>) store(to, f.n * f.n, f.out);
+  const int64_t i0 = f.first, rows = f.last - f.first, cols = f.n - f.first;
+  S* to = scratch.take(rows * cols);
+  gemm<S>(rows, cols, f.rows, {l.data + i0, 1, f.n}, {l.data + i0, f.n, 1}, to, cols, false,
+          scratch);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i; j < cols; ++j)
+      f.out[(i0 + i) * f.n + i0 + j] = static_cast<T>(to[i * cols + j]);
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t i = 0; i < std::min(j, rows); ++i)
+      f.out[(i0 + j) * f.n + i0 + i] = static_cast<T>(to[i * cols + j]);
 }
 
 template <class S, class T>
@@ -92,9 +74,9 @@ void gram_jvp_one(const Factor<T>& f, Scratch<S>& scratch) {
       f.out[i * f.n + j] = static_cast<T>(half[i * f.n + j] + half[j * f.n + i]);
 }
 
-// square: the output is [..., n, n], otherwise [..., rows, n].
+// square: the output is [..., n, n], otherwise [..., rows, n]. block: rows of a unit, or 0 for all.
 template <class T, class F>
-Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool square,
+Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool square, int64_t block,
                         const F& body) {
   using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Tensors out, kept;  // kept: factors without gaps
@@ -130,9 +112,13 @@ Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool sq
     T* to = static_cast<T*>(out.emplace_back(empty(factors[i], shape.data(), rank)).data_ptr());
     const int64_t out_rows = shape[rank - 2];
     for (int64_t t = 0; t < count; ++t) {
-      all.push_back({data + t * rows * n, partner ? partner + t * partner_rows * n : nullptr,
-                     to + t * out_rows * n, rows, n, partner_rows});
-      costs.push_back(2 * rows * n * n + n * n);
+      const int64_t step = block ? block : std::max<int64_t>(1, out_rows);
+      for (int64_t first = 0; first < out_rows; first += step) {
+        const int64_t last = std::min(out_rows, first + step);
+        all.push_back({data + t * rows * n, partner ? partner + t * partner_rows * n : nullptr,
+                       to + t * out_rows * n, rows, n, first, last});
+        costs.push_back((last - first) * (block ? n - first : n) * (2 * rows + 4));
+      }
     }
   }
   const auto run = [&](int64_t k) {
@@ -140,33 +126,34 @@ Tensors for_each_factor(const Tensors& factors, const Tensors* partners, bool sq
     scratch.reset();
     body(all[k], scratch);
   };
-  // Large products bring their own threads; small ones are shared out.
-  std::vector<int64_t> small, small_costs;
+  // Large products bring their own threads, unless there are enough of them for every thread.
   const bool many = all.size() >= torch::stable::get_num_threads();
+  std::vector<int64_t> shared, shared_costs;
   for (size_t k = 0; k < all.size(); ++k)
-    if (gemm_is_large(all[k].n, all[k].n, all[k].rows) && !many) {
+    if (!many && gemm_is_large(all[k].n, all[k].n, all[k].rows)) {
       run(static_cast<int64_t>(k));
     } else {
-      small.push_back(static_cast<int64_t>(k));
-      small_costs.push_back(costs[k]);
+      shared.push_back(static_cast<int64_t>(k));
+      shared_costs.push_back(costs[k]);
     }
-  parallel_units(small_costs, [&](int64_t k) { run(small[k]); });
+  parallel_units(shared_costs, [&](int64_t k) { run(shared[k]); });
   return out;
 }
 
 template <class F>
-Tensors by_dtype(const Tensors& factors, const Tensors* partners, bool square, const F& body) {
+Tensors by_dtype(const Tensors& factors, const Tensors* partners, bool square, int64_t block,
+                 const F& body) {
   if (factors.empty()) return {};
   STD_TORCH_CHECK(!partners || partners->size() == factors.size(), "fastkfo: list lengths differ");
   switch (factors[0].scalar_type()) {
     case ScalarType::Float:
-      return for_each_factor<float>(factors, partners, square, body);
+      return for_each_factor<float>(factors, partners, square, block, body);
     case ScalarType::Double:
-      return for_each_factor<double>(factors, partners, square, body);
+      return for_each_factor<double>(factors, partners, square, block, body);
     case ScalarType::BFloat16:
-      return for_each_factor<torch::headeronly::BFloat16>(factors, partners, square, body);
+      return for_each_factor<torch::headeronly::BFloat16>(factors, partners, square, block, body);
     case ScalarType::Half:
-      return for_each_factor<torch::headeronly::Half>(factors, partners, square, body);
+      return for_each_factor<torch::headeronly::Half>(factors, partners, square, block, body);
     default:
       STD_TORCH_CHECK(false, "fastkfo: expected float32, float64, bfloat16 or float16");
   }
@@ -175,16 +162,16 @@ Tensors by_dtype(const Tensors& factors, const Tensors* partners, bool square, c
 }  // namespace
 
 Tensors gram(Tensors factors) {
-  return by_dtype(factors, nullptr, true, [](auto& f, auto& scratch) { gram_one(f, scratch); });
+  return by_dtype(factors, nullptr, true, 32, [](auto& f, auto& scratch) { gram_one(f, scratch); });
 }
 
 Tensors gram_vjp(Tensors factors, Tensors cotangents) {
-  return by_dtype(factors, &cotangents, false,
+  return by_dtype(factors, &cotangents, false, 0,
                   [](auto& f, auto& scratch) { gram_vjp_one(f, scratch); });
 }
 
 Tensors gram_jvp(Tensors factors, Tensors tangents) {
-  return by_dtype(factors, &tangents, true,
+  return by_dtype(factors, &tangents, true, 0,
                   [](auto& f, auto& scratch) { gram_jvp_one(f, scratch); });
 }
 

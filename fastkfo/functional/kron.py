@@ -187,6 +187,31 @@ _NAMES = {PARAM: "params", LEFT: "left", RIGHT: "right", BIAS: "bias", SCALE: "s
 
 
 def _check_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
+    """Check one item; the common case first, at a fraction of the cost of the others."""
+    plain = None if isinstance(rate, Tensor) else _plain_item(x, rate)
+    return _any_item(i, x, rate, psd) if plain is None else plain
+
+
+def _plain_item(x: dict[int, Any], rate: float | None) -> _Item | None:
+    """The item if it is one or more matrices with two square factors, and nothing to adjust."""
+    grad, left, right, param = x[GRAD], x[LEFT], x[RIGHT], x[PARAM]
+    if x[BIAS] is not None or x[SCALE] is not None or not isinstance(grad, Tensor):
+        return None
+    shape, dtype, device = grad.shape, grad.dtype, grad.device
+    if len(shape) < 2 or dtype not in checks.DTYPES or checks.autocast_enabled(device):
+        return None
+    *batch, n, m = shape
+    for operand, expected in ((left, (n, n)), (right, (m, m)), (param, shape)):
+        if operand is None and operand is param:
+            continue
+        if not isinstance(operand, Tensor) or operand.shape != expected:
+            return None
+        if operand.dtype != dtype or operand.device != device:
+            return None
+    return _Item((1, math.prod(batch), n, m), 1.0 if rate is None else -float(rate), x)
+
+
+def _any_item(i: int, x: dict[int, Any], rate: Any, psd: bool) -> _Item:
     grad = x[GRAD]
     checks.floating_tensor("grads", grad, i)
     names = _NAMES
