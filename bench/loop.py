@@ -1,6 +1,6 @@
 """The unchanged learn2learn loop on fastkfo against learn2learn itself, in one run.
 
-    python bench/loop.py [--workload NAME ...] [--method NAME ...] [--rounds N]
+    python bench/loop.py [--workload NAME ...] [--method NAME ...] [--seconds S]
 
 A row is timed only if both meta-gradients agree (float32 normwise; the tests compare float64).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def difference(a: list, b: list) -> float:
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-def run(name: str, method: str, rounds: int) -> dict:
+def run(name: str, method: str, seconds: float) -> dict:
     """One row: parity, then times."""
     torch.manual_seed(0)
     workload = workloads.WORKLOADS[name]()
@@ -34,13 +35,15 @@ def run(name: str, method: str, rounds: int) -> dict:
         "learn2learn": workloads.make_learner(learn2learn(), workload, method),
         "fastkfo": workloads.make_learner(fastkfo, workload, method),
     }
+    start = time.perf_counter()
     grads = {k: workloads.meta_gradient(v, workload) for k, v in learners.items()}
+    rounds = min(40, max(5, int(seconds / (time.perf_counter() - start))))
     wrong_by = difference(grads["fastkfo"], grads["learn2learn"])
     row: dict = {"workload": name, "method": method, "difference": wrong_by}
     if wrong_by > 1e-4:
         return {**row, "refused": "the meta-gradients differ"}
     runs = {k: lambda v=v: workloads.meta_gradient(v, workload) for k, v in learners.items()}
-    samples = measure.interleaved(runs, rounds)
+    samples = measure.interleaved(runs, rounds, warmup=1)
     row["times"] = measure.summary(samples, "learn2learn")
     row["samples_s"] = samples
     return row
@@ -51,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", nargs="*", default=list(workloads.WORKLOADS))
     parser.add_argument("--method", nargs="*", default=["maml", "kfo", "kfo-adapt"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=15, help="per row, about")
     parser.add_argument("--memory", action="store_true", help="peak memory too, in processes apart")
     parser.add_argument("--save", default=None, help="name of the record under bench/results")
     options = parser.parse_args()
@@ -59,7 +62,7 @@ def main() -> None:
     rows = []
     for name in options.workload:
         for method in options.method:
-            row = run(name, method, options.rounds)
+            row = run(name, method, options.seconds)
             if options.memory:
                 row["peak_mib"] = memory.peaks(name, method)
             rows.append(row)

@@ -1,6 +1,6 @@
 """Makes the README's table and picture from the stored records, and from nothing else.
 
-    python bench/report.py [RECORD]
+python bench/report.py [RECORD]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def table(record: dict) -> str:
     ]
     for row in record["rows"]:
         if "refused" in row:
-            lines.append(f"| {row['workload']} | {row['method']} | wrong by {row['difference']:.0e} |||")
+            lines.append(
+                f"| {row['workload']} | {row['method']} | wrong by {row['difference']:.0e} |||"
+            )
             continue
         theirs, ours = row["times"]["learn2learn"], row["times"]["fastkfo"]
         ratio = f"**{ours['speedup']:.2f}×** ({ours['speedup_q1']:.2f}–{ours['speedup_q3']:.2f})"
@@ -59,7 +61,9 @@ def picture(record: dict, path: Path) -> None:
             at = names.index(row["workload"]) + (k - (len(methods) - 1) / 2) * width
             error = [[ours["speedup"] - ours["speedup_q1"]], [ours["speedup_q3"] - ours["speedup"]]]
             first = row["workload"] == names[0]
-            axis.bar(at, ours["speedup"], width * 0.92, color=f"C{k}", label=method if first else None)
+            axis.bar(
+                at, ours["speedup"], width * 0.92, color=f"C{k}", label=method if first else None
+            )
             axis.errorbar(at, ours["speedup"], yerr=error, color="0.3", capsize=2, linewidth=1)
             axis.text(at, ours["speedup"] + 0.06, f"{ours['speedup']:.1f}", ha="center", fontsize=8)
     axis.axhline(1, color="0.4", linewidth=1, linestyle="--")

@@ -102,8 +102,11 @@ FASTKFO_INLINE void pack(int64_t inner, int64_t cols, int64_t width, Matrix<S> b
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t j = 0; j < cols; ++j) to[k * width + j] = b.data[k * b.row + j];
   } else {
-    for (int64_t j = 0; j < cols; ++j)
-      for (int64_t k = 0; k < inner; ++k) to[k * width + j] = b.data[k * b.row + j * b.col];
+    // Sixteen rows at a time, so that the lines written stay in cache until they are full.
+    for (int64_t k0 = 0; k0 < inner; k0 += 16)
+      for (int64_t j = 0; j < cols; ++j)
+        for (int64_t k = k0; k < std::min(inner, k0 + 16); ++k)
+          to[k * width + j] = b.data[k * b.row + j * b.col];
   }
   for (int64_t k = 0; k < inner; ++k)
     for (int64_t j = cols; j < width; ++j) to[k * width + j] = 0;
