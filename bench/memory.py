@@ -20,7 +20,7 @@ def peaks(workload: str, method: str) -> dict[str, float]:
                     capture_output=True, text=True, check=True, cwd=ROOT,
                 ).stdout
             )
-            for _ in range(3)
+            for _ in range(2)
         )
         for library in ("learn2learn", "fastkfo")
     }  # fmt: skip

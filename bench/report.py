@@ -17,7 +17,7 @@ BEGIN, END = "<!-- table: bench/report.py -->", "<!-- end of table -->"
 def table(record: dict) -> str:
     """The rows of a record of bench/loop.py as Markdown."""
     lines = [
-        "| workload | method | learn2learn | fastkfo | faster (median, quartiles) | peak memory |",
+        "| workload | method | learn2learn | fastkfo | times as fast (quartiles) | peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -27,7 +27,7 @@ def table(record: dict) -> str:
             )
             continue
         theirs, ours = row["times"]["learn2learn"], row["times"]["fastkfo"]
-        ratio = f"**{ours['speedup']:.2f}×** ({ours['speedup_q1']:.2f}–{ours['speedup_q3']:.2f})"
+        ratio = f"**{ours['speedup']:.2f}** ({ours['speedup_q1']:.2f} to {ours['speedup_q3']:.2f})"
         peak = row.get("peak_mib")
         memory = f"{peak['fastkfo']:.0f} / {peak['learn2learn']:.0f} MiB" if peak else ""
         lines.append(
