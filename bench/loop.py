@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fastkfo
-from bench import measure, memory, workloads
+from bench import measure, workloads
 from tests.oracle import learn2learn
 
 
@@ -72,7 +72,6 @@ def main() -> None:
     parser.add_argument("--workload", nargs="*", default=list(workloads.WORKLOADS))
     parser.add_argument("--method", nargs="*", default=["maml", "kfo", "kfo-adapt"])
     parser.add_argument("--seconds", type=float, default=15, help="per row, about")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, in processes apart")
     parser.add_argument("--save", default=None, help="name of the record under bench/results")
     options = parser.parse_args()
     print("workload        method          learn2learn   fastkfo               faster   differ")
@@ -80,8 +79,6 @@ def main() -> None:
     for name in options.workload:
         for method in options.method:
             row = run(name, method, options.seconds)
-            if options.memory:
-                row["peak_mib"] = memory.peaks(name, method)
             rows.append(row)
             if options.save:  # after every row, so that an interrupted run leaves what it has
                 measure.save(options.save, {"rows": rows})
@@ -91,10 +88,9 @@ def main() -> None:
             t = row["times"]
             f = t["fastkfo"]
             ratio = f"{f['speedup']:.2f} ({f['speedup_q1']:.2f}-{f['speedup_q3']:.2f})"
-            peak = row.get("peak_mib", "")
             print(
                 f"{name:15} {method:14} {t['learn2learn']['median_ms']:9.1f} ms "
-                f"{f['median_ms']:6.1f} ms {ratio:>18} {row['difference']:8.0e} {peak}",
+                f"{f['median_ms']:6.1f} ms {ratio:>18} {row['difference']:8.0e}",
                 flush=True,
             )
 

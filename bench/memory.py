@@ -1,4 +1,7 @@
-"""Peak memory of one meta-gradient: growth of the resident set, in a process of its own."""
+"""Peak memory of one meta-gradient: growth of the resident set, in a process of its own.
+
+python bench/memory.py      # stores bench/results/memory.json
+"""
 
 from __future__ import annotations
 
@@ -48,5 +51,18 @@ def _main(library: str, workload: str, method: str) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
+def _all() -> None:
+    sys.path.insert(0, str(ROOT))
+    from bench import measure
+
+    rows = []
+    for workload in ("sine-mlp", "omniglot-cnn", "cifarfs-cnn-2"):
+        for method in ("maml", "kfo", "kfo-adapt"):
+            row = {"workload": workload, "method": method, "peak_mib": peaks(workload, method)}
+            rows.append(row)
+            print(row, flush=True)
+            measure.save("memory", {"rows": rows})
+
+
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main(*sys.argv[1:]) if len(sys.argv) > 1 else _all()

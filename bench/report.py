@@ -14,8 +14,9 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- table: bench/report.py -->", "<!-- end of table -->"
 
 
-def table(record: dict) -> str:
+def table(record: dict, memory: dict) -> str:
     """The rows of a record of bench/loop.py as Markdown."""
+    peaks = {(row["workload"], row["method"]): row["peak_mib"] for row in memory["rows"]}
     lines = [
         "| workload | method | learn2learn | fastkfo | times as fast (quartiles) | peak memory |",
         "|---|---|---|---|---|---|",
@@ -28,11 +29,11 @@ def table(record: dict) -> str:
             continue
         theirs, ours = row["times"]["learn2learn"], row["times"]["fastkfo"]
         ratio = f"**{ours['speedup']:.2f}** ({ours['speedup_q1']:.2f} to {ours['speedup_q3']:.2f})"
-        peak = row.get("peak_mib")
-        memory = f"{peak['fastkfo']:.0f} / {peak['learn2learn']:.0f} MiB" if peak else ""
+        peak = peaks.get((row["workload"], row["method"]))
+        held = f"{peak['fastkfo']:.0f} / {peak['learn2learn']:.0f} MiB" if peak else ""
         lines.append(
             f"| `{row['workload']}` | {row['method']} | {theirs['median_ms']:.1f} ms "
-            f"| {ours['median_ms']:.1f} ms | {ratio} | {memory} |"
+            f"| {ours['median_ms']:.1f} ms | {ratio} | {held} |"
         )
     e = record["environment"]
     lines += [
@@ -81,10 +82,11 @@ def main() -> None:
     """Rewrite the README's table and the picture beside it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "loop"
     record = json.loads((RESULTS / f"{name}.json").read_text())
+    memory = json.loads((RESULTS / "memory.json").read_text())
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{table(record, memory)}\n{END}{after}")
     picture(record, ROOT / "docs" / "images" / "loop.png")
 
 
