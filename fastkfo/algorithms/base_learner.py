@@ -22,6 +22,30 @@ class BaseLearner(nn.Module):
         super().__init__()
         self.module = module  # type: ignore[assignment]
 
+    @classmethod
+    def _for_task(cls, module: nn.Module, **attributes: Any) -> Any:
+        """Make a learner around a cloned module, without the checks of `__init__`.
+
+        Runs once per task: the checks and nn.Module's own attribute writes would cost more than
+        the clones. `clone_module` has made sure that nothing is compiled.
+
+        Args:
+            module: the clone.
+            attributes: the learner's other attributes.
+
+        Returns:
+            The learner.
+        """
+        learner = cls.__new__(cls)
+        nn.Module.__init__(learner)
+        learner._modules["module"] = module
+        for name, value in attributes.items():
+            if isinstance(value, nn.Parameter):
+                setattr(learner, name, value)
+            else:
+                vars(learner)[name] = value
+        return learner
+
     def __getattr__(self, attr: str) -> Any:
         """The attribute of the learner, else that of the wrapped module."""
         try:

@@ -128,7 +128,7 @@ class MAML(BaseLearner):
         Raises:
             TypeError: the model has been compiled.
         """
-        return MAML(
+        return MAML._for_task(
             clone_module(self.module),
             lr=self.lr,
             first_order=self.first_order if first_order is None else first_order,

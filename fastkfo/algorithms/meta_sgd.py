@@ -122,6 +122,6 @@ class MetaSGD(BaseLearner):
         Raises:
             TypeError: the model has been compiled.
         """
-        return MetaSGD(
+        return MetaSGD._for_task(
             clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order
         )

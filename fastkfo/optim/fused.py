@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkfo.functional.checks import autocast_enabled
 from fastkfo.functional.gram import gram_unchecked
 from fastkfo.functional.kron import kron_unchecked
 from fastkfo.functional.kron_layout import BIAS, GRAD, LEFT, PARAM, RIGHT, SCALE
@@ -72,6 +73,23 @@ class Items:
             squares = cache.get(factors) if cache is not None else gram_unchecked(factors)
             for (bit, k), square in zip(self.psd, squares, strict=True):
                 self.groups[bit][k] = square
+
+    def is_one_product(self) -> bool:
+        """Whether there is a single `A G C`, which costs less as two products of PyTorch."""
+        others = (self.groups[BIAS], self.groups[SCALE])
+        return (
+            len(self.index) == 1
+            and not self.psd
+            and self.groups[GRAD][0].dim() == 2
+            and not autocast_enabled(self.groups[GRAD][0].device)  # ours stays in float32
+            and all([group[0] is None for group in others])
+        )
+
+    def product(self) -> Tensor:
+        """The one product."""
+        grad, left, right = (self.groups[bit][0] for bit in (GRAD, LEFT, RIGHT))
+        grad = grad if left is None else left @ grad
+        return grad if right is None else grad @ right
 
     def run(self) -> list[Tensor]:
         """One result per item, in the shape of its gradient."""
@@ -171,7 +189,10 @@ def updated_parameters(
     new = list(params)
     for i, grad, alpha, scale in simple:
         new[i] = _scaled_step(params[i], grad, alpha, scale)
-    if items.index:
+    if items.is_one_product():
+        i = items.index[0]
+        new[i] = _scaled_step(params[i], items.product(), items.alpha[0], None)
+    elif items.index:
         items.square_factors(cache)
         items.groups[PARAM] = [params[i] for i in items.index]
         for i, result in zip(items.index, items.run(), strict=True):
