@@ -101,6 +101,7 @@ def _compile() -> str:
             sources=build_flags.sources(csrc),
             extra_include_paths=[str(csrc)],
             extra_cflags=list(build_flags.CXX_FLAGS),
+            extra_ldflags=list(build_flags.LINK_FLAGS),
             is_python_module=False,
         )
     return str(Path(cpp_extension._get_build_directory("fastkfo_C", False)) / "fastkfo_C.so")

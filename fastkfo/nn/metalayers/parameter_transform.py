@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkfo.utils import _refresh_flat_weights
+from fastkfo.utils.cloning import refresh_flat_weights
 
 __all__ = ["ParameterTransform"]
 
@@ -70,7 +70,7 @@ class ParameterTransform(nn.Module):
     def _refresh(self) -> None:
         for submodule in self.module.modules():
             if hasattr(submodule, "flatten_parameters"):
-                _refresh_flat_weights(submodule)
+                refresh_flat_weights(submodule)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with its parameters transformed.
