@@ -28,6 +28,7 @@ IMPLEMENTATIONS = [
     )
 ]
 HAS_NATIVE = selector.unavailable("native", "cpu") is None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="needs the native library")
 
 
 def skip_unless_available(implementation: str, device: torch.device) -> None:

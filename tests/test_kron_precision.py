@@ -12,9 +12,9 @@ from fastkfo.functional import gram, kron_transform, kron_update
 from tests.cases import (
     CASES,
     GRAM_SHAPES,
-    HAS_NATIVE,
     IMPLEMENTATIONS,
     SMALL,
+    needs_native,
     operands,
 )
 from tests.dense import (
@@ -26,7 +26,6 @@ from tests.dense import (
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="needs the native library")
 LOW = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place
 
 

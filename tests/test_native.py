@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import HAS_NATIVE
+from tests.cases import HAS_NATIVE, needs_native
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("FASTKFO_LIBRARY", "FASTKFO_IMPLEMENTATION", "FASTKFO_COMPILE")
-needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="needs the native library")
 needs_prebuilt = pytest.mark.skipif(
     not (HAS_NATIVE and list((ROOT / "fastkfo").glob("_C*.so"))), reason="needs a built library"
 )
