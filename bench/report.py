@@ -66,7 +66,9 @@ def picture(record: dict, path: Path) -> None:
                 at, ours["speedup"], width * 0.92, color=f"C{k}", label=method if first else None
             )
             axis.errorbar(at, ours["speedup"], yerr=error, color="0.3", capsize=2, linewidth=1)
-            axis.text(at, ours["speedup_q3"] + 0.05, f"{ours['speedup']:.1f}", ha="center", fontsize=8)
+            axis.text(
+                at, ours["speedup_q3"] + 0.05, f"{ours['speedup']:.1f}", ha="center", fontsize=8
+            )
     axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("times learn2learn's speed")
