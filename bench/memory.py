@@ -61,7 +61,7 @@ def _all() -> None:
             row = {"workload": workload, "method": method, "peak_mib": peaks(workload, method)}
             rows.append(row)
             print(row, flush=True)
-            measure.save("memory", {"rows": rows})
+            measure.save("memory", {"threads_while_read": 1, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class GBML(nn.Module):
             TypeError: the model has been compiled.
 
         A clone keeps `LᵀL` of its factors from step to step. It notices when they are changed in
-        place, but not through `.data`, which leaves no trace.
+        place, but not through `.data`, which leaves no trace. Like every tensor with a graph, a
+        clone can be pickled but not deep-copied, until `detach_module` has cut it off.
         """
         clone = GBML.__new__(GBML)
         nn.Module.__init__(clone)
@@ -186,7 +187,9 @@ class GBML(nn.Module):
 
         def updated() -> list[Tensor]:
             transforms = self.compute_update.transforms()
-            return updated_parameters(transforms, slots.params, grads, self.lr, self._gram_cache)
+            # Under a transform of torch.func tensors come and go, and tell less of themselves.
+            cache = None if torch._C._are_functorch_transforms_active() else self._gram_cache
+            return updated_parameters(transforms, slots.params, grads, self.lr, cache)
 
         self._commit(slots, phi, learned, phi_grads, updated)
 

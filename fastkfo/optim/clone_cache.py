@@ -54,10 +54,15 @@ class GramCache:
         node = self.squares[0].grad_fn if self.squares else None
         if node is None:
             return not any([x.requires_grad for x in self.factors]) or not self.key[0]
-        try:
-            return node.saved_tensors is not None  # type: ignore[attr-defined]
-        except (RuntimeError, AttributeError):
-            return False
+        # A custom Function has the first, a product of PyTorch the second; freed, either raises.
+        for saved in ("saved_tensors", "_saved_self"):
+            try:
+                return getattr(node, saved) is not None
+            except AttributeError:
+                continue
+            except RuntimeError:
+                return False
+        return False
 
 
 class KroneckerStep:

@@ -275,8 +275,10 @@ def _gather(
 def _rate_scale(rate: Tensor, grad: Tensor, index: int) -> Tensor:
     if rate.dtype != grad.dtype and rate.is_floating_point():
         rate = rate.to(grad.dtype)
-    if rate.numel() == 1 or rate.shape == grad.shape:
+    if rate.shape == grad.shape:
         return rate
+    if rate.numel() == 1:
+        return rate.reshape(())  # so that it cannot add axes
     try:
         return rate.expand(grad.shape)
     except RuntimeError:

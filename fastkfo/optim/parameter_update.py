@@ -18,6 +18,7 @@ class ParameterUpdate(nn.Module):
         transform: called with each parameter; returns a module, or None for the plain gradient.
 
     Raises:
+        TypeError: `transform` is not callable.
         ValueError: `transform` returned neither a module nor None.
 
     The state dict's keys are `transforms_modules.{i}.*`, where i counts the parameters that have a
@@ -28,6 +29,8 @@ class ParameterUpdate(nn.Module):
         self, parameters: Iterable[Tensor], transform: Callable[[Tensor], nn.Module | None]
     ) -> None:
         super().__init__()
+        if not callable(transform):
+            raise TypeError(f"transform: expected a callable, got {type(transform).__name__}")
         modules: list[nn.Module] = []
         self.transforms_indices: list[int | None] = []
         for i, param in enumerate(parameters):

@@ -54,8 +54,11 @@ def own_scale(transform: nn.Module, kind: str | None, grad: Tensor) -> Tensor | 
     """What a transform that is a scale multiplies by."""
     if kind == "scale":
         own = transform._parameters.get("alpha")
-        fits = own is not None and own.dtype == grad.dtype
-        return own if fits and (own.shape == grad.shape or own.numel() == 1) else None  # type: ignore[union-attr]
+        if own is None or own.dtype != grad.dtype:
+            return None
+        if own.shape == grad.shape:
+            return own
+        return own.reshape(()) if own.numel() == 1 and own.dim() <= max(1, grad.dim()) else None
     if kind == "curvature" and transform.dim == 1 and isinstance(transform.lr, (int, float)):
         own = transform._parameters.get("mc")
         return own if own is not None and own.shape == grad.shape else None

@@ -15,6 +15,7 @@ class TransformDictionary:
         dictionary: from a module (all its parameters) or a parameter to a transform.
 
     Raises:
+        TypeError: a value is not callable.
         ValueError: a key is neither a module nor a parameter.
     """
 
@@ -23,6 +24,10 @@ class TransformDictionary:
     ) -> None:
         self.param_to_transform: dict[Tensor, Callable[..., nn.Module | None]] = {}
         for key, transform in dictionary.items():
+            if not callable(transform):
+                raise TypeError(
+                    f"dictionary: expected callable values, got {type(transform).__name__}"
+                )
             if isinstance(key, nn.Module):
                 for param in key.parameters():
                     self.param_to_transform[param] = transform
