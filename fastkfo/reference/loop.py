@@ -10,12 +10,13 @@ learning rate α:
     U(G)    = A G C + β,  A = LᵀL, C = RᵀR (psd)  or  A = L, C = R
 
 G is the gradient viewed as [B, n, m]: a 2-D weight is [1, n, m], a 1-D one [1, n, 1], a 4-D
-convolution weight [out, n = in, m = kh * kw]. Without φ, U(G) = G, which is MAML.
+convolution weight [out, n = in, m = kh * kw]. Without φ, U(G) = G, which is MAML. Other transforms
+are in :mod:`fastkfo.reference.transforms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,23 +24,20 @@ from torch import nn
 from torch.autograd import grad
 from torch.func import functional_call
 
-__all__ = ["Factors", "MetaGradient", "adapt", "factors_of", "kronecker", "meta_gradient"]
+from fastkfo.reference.transforms import (
+    Factors,
+    Phi,
+    Scale,
+    flatten,
+    kronecker,
+    like,
+    phi_of,
+    update,
+)
+
+__all__ = ["Factors", "MetaGradient", "adapt", "call", "factors_of", "kronecker", "meta_gradient"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Factors(NamedTuple):
-    """Factors of one parameter's Kronecker transform.
-
-    Attributes:
-        left: L, ``[n, n]``.
-        right: R, ``[m, m]``.
-        bias: β, ``[n, m]``, or None.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    bias: torch.Tensor | None = None
 
 
 class MetaGradient(NamedTuple):
@@ -49,31 +47,13 @@ class MetaGradient(NamedTuple):
         losses: Query loss of each adapted task, ``[T]``, detached.
         parameters: Gradient of their mean for every parameter of the model, by name.
         factors: The same for every parameter's factors, by the parameter's name.
+        features: The same for every parameter of the feature extractor.
     """
 
     losses: torch.Tensor
     parameters: dict[str, torch.Tensor]
-    factors: dict[str, Factors]
-
-
-def kronecker(gradient: torch.Tensor, factors: Factors, psd: bool = True) -> torch.Tensor:
-    """Computes U(G) = A G C + β.
-
-    Args:
-        gradient: A parameter's gradient; 1-D, 2-D, or 4-D (a convolution's weight).
-        factors: Its factors.
-        psd: Whether A = LᵀL and C = RᵀR, instead of L and R.
-
-    Returns:
-        The update, of the gradient's shape.
-    """
-    left, right, bias = factors
-    if psd:
-        left, right = left.T @ left, right.T @ right
-    update = left @ gradient.reshape(-1, left.shape[0], right.shape[0]) @ right  # [B, n, m]
-    if bias is not None:
-        update = update + bias
-    return update.reshape(gradient.shape)
+    factors: dict[str, Phi]
+    features: dict[str, torch.Tensor]
 
 
 def adapt(
@@ -84,7 +64,7 @@ def adapt(
     loss: Loss,
     steps: int,
     lr: float | torch.Tensor,
-    factors: Mapping[str, Factors] | None = None,
+    factors: Mapping[str, Phi] | None = None,
     psd: bool = True,
     first_order: bool = False,
     adapt_transform: bool = False,
@@ -110,12 +90,12 @@ def adapt(
     phi = dict(factors or {})
     updates: dict[str, torch.Tensor] = {}
     for step in range(steps):
-        support = loss(functional_call(model, theta, (x,)), y)
+        support = loss(call(model, theta, x), y)
         gradients = grad(support, list(theta.values()), create_graph=not first_order)
         g = dict(zip(theta, gradients, strict=True))
         if adapt_transform and step > 0:
             phi = {name: _adapt_factors(f, updates[name], g[name], lr) for name, f in phi.items()}
-        updates = {n: kronecker(g[n], phi[n], psd) if n in phi else g[n] for n in theta}
+        updates = {n: update(g[n], phi[n], psd) if n in phi else g[n] for n in theta}
         theta = {n: theta[n] - lr * updates[n] for n in theta}
     return theta
 
@@ -130,10 +110,11 @@ def meta_gradient(
     loss: Loss,
     steps: int,
     lr: float | torch.Tensor,
-    factors: Mapping[str, Factors] | None = None,
+    factors: Mapping[str, Phi] | None = None,
     psd: bool = True,
     first_order: bool = False,
     adapt_transform: bool = False,
+    features: nn.Module | None = None,
 ) -> MetaGradient:
     """Computes the gradient of the mean query loss after adaptation, for θ_0 and φ_0.
 
@@ -150,6 +131,8 @@ def meta_gradient(
         psd: See :func:`kronecker`.
         first_order: See :func:`adapt`.
         adapt_transform: See :func:`adapt`.
+        features: A feature extractor in front of the model, as in ANIL: it sees a task's support
+            and query together, is not adapted, and is trained through the query loss.
 
     Returns:
         Query losses and gradients; no ``.grad`` is touched.
@@ -164,13 +147,18 @@ def meta_gradient(
         )
     factors = dict(factors or {})
     theta = _trainable(model)
-    inputs = [*theta.values(), *_flat(factors.values())]
+    psi = {} if features is None else _trainable(features)
+    inputs = [*theta.values(), *flatten(factors.values()), *psi.values()]
     total = [torch.zeros_like(tensor) for tensor in inputs]
     losses = []
     for task in range(len(x_s)):
+        support, queries = x_s[task], x_q[task]
+        if features is not None:
+            seen = features(torch.cat([support, queries]))
+            support, queries = seen.split([len(support), len(queries)])
         adapted = adapt(
             model,
-            x_s[task],
+            support,
             y_s[task],
             loss=loss,
             steps=steps,
@@ -180,7 +168,7 @@ def meta_gradient(
             first_order=first_order,
             adapt_transform=adapt_transform,
         )
-        query = loss(functional_call(model, adapted, (x_q[task],)), y_q[task])
+        query = loss(call(model, adapted, queries), y_q[task])
         for sum_, g in zip(
             total, grad(query / len(x_s), inputs, materialize_grads=True), strict=True
         ):
@@ -190,54 +178,74 @@ def meta_gradient(
     return MetaGradient(
         torch.stack(losses),
         {name: next(gradients) for name in theta},
-        {name: _like(f, gradients) for name, f in factors.items()},
+        {name: like(f, gradients) for name, f in factors.items()},
+        {name: next(gradients) for name in psi},
     )
 
 
-def factors_of(learner: Any) -> dict[str, Factors]:
-    """Reads the factors out of a GBML with a Kronecker transform.
+def factors_of(learner: Any) -> dict[str, Phi]:
+    """Reads every parameter's transform out of a learner.
 
     Args:
-        learner: fastkfo's or learn2learn's GBML.
+        learner: fastkfo's or learn2learn's GBML with Kronecker or Meta-Curvature transforms, or
+            MetaSGD (whose rates scale the gradient: they go with ``lr=1``).
 
     Returns:
-        The factors themselves (not copies) by the name the parameter has in ``learner.module``.
+        The tensors themselves (not copies) by the name the parameter has in ``learner.module``.
 
     Raises:
-        TypeError: If a transform has no ``left`` and ``right``.
+        TypeError: If a transform is of another kind.
     """
-    update = learner.compute_update
     names = [name for name, _ in learner.module.named_parameters()]
-    factors = {}
-    for name, index in zip(names, update.transforms_indices, strict=True):
+    if hasattr(learner, "lrs"):
+        return {name: Scale(rate) for name, rate in zip(names, learner.lrs, strict=True)}
+    transforms = learner.compute_update.transforms_modules
+    phis = {}
+    for name, index in zip(names, learner.compute_update.transforms_indices, strict=True):
         if index is None:
             continue
-        transform: Any = getattr(update.transforms_modules[index], "transform", None)
-        if not (hasattr(transform, "left") and hasattr(transform, "right")):
+        phi = phi_of(transforms[index])
+        if phi is None:
             raise TypeError(
-                f"learner: expected a Kronecker transform for {name!r}, got "
-                f"{type(update.transforms_modules[index]).__name__}"
+                "learner: expected a Kronecker or a Meta-Curvature transform for "
+                f"{name!r}, got {type(transforms[index]).__name__}"
             )
-        factors[name] = Factors(transform.left, transform.right, transform.bias)
-    return factors
+        phis[name] = phi
+    return phis
+
+
+def call(model: nn.Module, theta: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Runs the model with other parameters.
+
+    ``torch.func.functional_call`` leaves them in a model that holds one submodule under two names
+    (OmniglotCNN does). So every place of a parameter is named once here.
+
+    Args:
+        model: The model; it is not changed.
+        theta: Tensors by parameter name; tied parameters take that of their first name.
+        x: Its input.
+
+    Returns:
+        Its output.
+    """
+    tensors = {id(p): theta[name] for name, p in model.named_parameters() if name in theta}
+    places = {
+        f"{prefix}.{name}" if prefix else name: tensors[id(p)]
+        for prefix, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in tensors
+    }
+    output: torch.Tensor = functional_call(model, places, (x,), tie_weights=False)
+    return output
 
 
 def _adapt_factors(
-    factors: Factors, update: torch.Tensor, gradient: torch.Tensor, lr: float | torch.Tensor
-) -> Factors:
-    """Takes φ + α² (∂U/∂φ)ᵀ g; U's graph reaches φ through the last update alone."""
-    inputs = _flat([factors])
-    deltas = grad(update, inputs, grad_outputs=gradient, create_graph=True)
-    return _like(factors, iter([f + lr**2 * d for f, d in zip(inputs, deltas, strict=True)]))
-
-
-def _flat(factors: Iterable[Factors]) -> list[torch.Tensor]:
-    return [tensor for f in factors for tensor in f if tensor is not None]
-
-
-def _like(factors: Factors, tensors: Iterator[torch.Tensor]) -> Factors:
-    left, right = next(tensors), next(tensors)
-    return Factors(left, right, None if factors.bias is None else next(tensors))
+    phi: Phi, last: torch.Tensor, gradient: torch.Tensor, lr: float | torch.Tensor
+) -> Phi:
+    """Takes φ + α² (∂U/∂φ)ᵀ g; the last U's graph reaches φ through that update alone."""
+    inputs = flatten([phi])
+    deltas = grad(last, inputs, grad_outputs=gradient, create_graph=True)
+    return like(phi, iter([f + lr**2 * d for f, d in zip(inputs, deltas, strict=True)]))
 
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
