@@ -1,9 +1,10 @@
 """fastkfo: learn2learn's meta-learning interface on fused kernels.
 
-`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms` and `utils`.
+`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms`, `utils`
+and `vision.models`.
 """
 
-from fastkfo import algorithms, functional, nn, optim, utils
+from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
 from fastkfo.kernels.selector import ImplementationUnavailable
@@ -40,5 +41,6 @@ __all__ = [
     "optim",
     "update_module",
     "utils",
+    "vision",
     "warn_once",
 ]

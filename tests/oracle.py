@@ -78,3 +78,19 @@ def learn2learn() -> Any:
                 del sys.modules[name]
         raise
     return package
+
+
+@functools.cache
+def vision_models() -> Any:
+    """Return the module `learn2learn.vision.models`; no download works in it.
+
+    `learn2learn.vision` and `learn2learn.data` would import torchvision and compiled code.
+    """
+    package = learn2learn()
+    vision = types.ModuleType("learn2learn.vision")
+    vision.__path__ = [f"{package.__path__[0]}/vision"]
+    download = types.ModuleType("learn2learn.data.utils")
+    download.download_file = None  # type: ignore[attr-defined]
+    stand_ins = [vision, types.ModuleType("learn2learn.data"), download]
+    sys.modules.update({module.__name__: module for module in stand_ins})
+    return importlib.import_module("learn2learn.vision.models")
