@@ -1,10 +1,12 @@
-# demo, test, lint and format work from a fresh clone with no more than python3 (3.10 or newer), a
-# C++ compiler and make: each sets up .venv itself, and a repeated call does only what changed.
+# demo, test, bench, lint and format work from a fresh clone with no more than python3 (3.10 or
+# newer), a C++ compiler and make: each sets up .venv itself, and a repeated call does only what
+# changed.
 SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 ACTIVATE := . $(VENV)/bin/activate &&
@@ -18,12 +20,12 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 LEARN2LEARN := .cache/learn2learn-0.2.0
 LEARN2LEARN_SHA256 := 69f1d7cb0d0a6be7a2c6ad8e83e2ebbe70fb05e51d61e45e63078b40c75ea419
 
-.PHONY: help demo test lint format gpu clean
+.PHONY: help demo test bench lint format gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make demo | test | lint | format | gpu OUT=folder | clean    (TORCH=$(TORCH))"
+	@echo "make demo | test | bench | lint | format | gpu OUT=folder | clean    (TORCH=$(TORCH))"
 
 demo: $(VENV)/.stamp-demo $(NATIVE)
 	$(ACTIVATE) fastkfo demo $(DEMO_ARGS)
@@ -34,6 +36,10 @@ test: $(VENV)/.stamp-test $(NATIVE) $(LEARN2LEARN)/setup.py
 	    python -m pytest --require-native $(PYTEST_ARGS)
 	$(ACTIVATE) LEARN2LEARN_SRC="$(CURDIR)/$(LEARN2LEARN)" FASTKFO_LIBRARY=/nonexistent/fastkfo.so \
 	    python -m pytest --require-reference -m "not slow" --hypothesis-profile=quick $(PYTEST_ARGS)
+
+# Five minutes: a selection of meta-gradients beside learn2learn, the reference, vmap and JAX.
+bench: $(VENV)/.stamp-bench $(NATIVE) $(LEARN2LEARN)/setup.py
+	$(ACTIVATE) LEARN2LEARN_SRC="$(CURDIR)/$(LEARN2LEARN)" fastkfo bench $(BENCH_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(ACTIVATE) ruff check

@@ -2,12 +2,14 @@
 # Everything a CUDA machine is asked for, in one go and without a network: bench/gpu.sh OUT
 #
 # Builds fastkfo for the system's python, runs the GPU tests and the CPU suite, then, if both pass,
-# the benchmark command in BENCH; packs the records into OUT/records.tar.gz. The archive is renewed
-# after every step, so that a run cut short leaves what it had. Exits with the first failure's status.
+# the benchmarks; packs the records into OUT/records.tar.gz. The archive is renewed after every step,
+# so that a run cut short leaves what it had. Exits with the first failure's status.
 #
 #   PYTHON                python3
 #   TORCH_CUDA_ARCH_LIST  9.0a
-#   BENCH                 a command, for example "python3 bench/run.py --device cuda"
+#   STEPS                 gpu cpu bench     which of the tests and benchmarks
+#   LIMIT_S               530               seconds for all: benchmarks get what is left, and stop there
+#   BENCH_ARGS            options of `fastkfo bench` beside --device cuda
 #   LEARN2LEARN_SRC       an unpacked learn2learn 0.2.0 (default: .cache/learn2learn-0.2.0 if there)
 set -uo pipefail
 
@@ -26,6 +28,8 @@ fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 records=$scratch/records
+steps=${STEPS:-gpu cpu bench}
+limit=${LIMIT_S:-530}
 mkdir "$records"
 touch "$scratch/start"
 status=0
@@ -79,15 +83,29 @@ tests() {
   "$python" -m pytest --require-native --junitxml="$records/$name.xml" "$@"
 }
 
+wanted() {
+  [[ " $steps " == *" $1 "* ]]
+}
+
+# Interrupted at the limit, a run leaves its finished rows.
+benchmarks() {
+  local left=$((limit - SECONDS))
+  if [ "$left" -lt 60 ]; then
+    echo "no time left for benchmarks: run them alone, with STEPS=bench" >&2
+    return 1
+  fi
+  # shellcheck disable=SC2086 # BENCH_ARGS is words
+  timeout --signal=INT "$left" "$python" -m bench --device cuda \
+    --minutes "$((left / 60 > 1 ? left / 60 - 1 : 1))" ${BENCH_ARGS:-}
+}
+
 # The benchmarks come last and only after green tests: no number without them.
 step environment environment || status=0 # a tool may be missing: not a failure
 if step cuda cuda_is_there; then
   if step install install; then
-    step gpu tests gpu -m gpu
-    step cpu tests cpu -m "not gpu and not slow" --hypothesis-profile=quick -q
-    if [ "$status" -eq 0 ] && [ -n "${BENCH:-}" ]; then
-      step bench bash -c "$BENCH"
-    fi
+    wanted gpu && step gpu tests gpu -m gpu
+    wanted cpu && step cpu tests cpu -m "not gpu and not slow" --hypothesis-profile=quick -q
+    wanted bench && [ "$status" -eq 0 ] && step bench benchmarks
   fi
 fi
 

@@ -1,92 +1,57 @@
-"""Interleaved timing and its record: what every benchmark here is made of."""
+"""Interleaved timing and what is read off it."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-RESULTS = Path(__file__).resolve().parent / "results"
+# A ratio whose quartiles lie further apart than this, relative to it, is not quoted.
+UNSTABLE = 0.25
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+    runs: Mapping[str, Callable[[], float]], rounds: int, after: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
     """Time every run once per round, in turn, so that a noisy moment meets all of them.
 
     Args:
-        runs: what to time, by name.
+        runs: each does its work once and returns the seconds that took; all are warm.
         rounds: how many times each.
-        warmup: untimed rounds before.
+        after: called after every round.
 
     Returns:
         Seconds, one number per round, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(warmup + rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_ >= warmup:
-                samples[name].append(time.perf_counter() - start)
+    names = list(runs)
+    for round_ in range(rounds):
+        # Whoever comes after a large one finds cold caches: not always the same.
+        first = round_ % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            samples[name].append(runs[name]())
+        after()
     return samples
 
 
-def summary(samples: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Medians and quartiles in milliseconds, and of the baseline's ratio, round by round."""
-    table = {}
-    for name, seconds in samples.items():
-        low, median, high = statistics.quantiles(seconds, n=4)
-        ratios = [b / s for b, s in zip(samples[baseline], seconds, strict=True)]
-        q1, ratio, q3 = statistics.quantiles(ratios, n=4)
-        table[name] = {
-            "median_ms": 1e3 * median,
-            "q1_ms": 1e3 * low,
-            "q3_ms": 1e3 * high,
-            "speedup": ratio,
-            "speedup_q1": q1,
-            "speedup_q3": q3,
-        }
-    return table
+def rounds_for(seconds: float, one_round: float, least: int = 3, most: int = 40) -> int:
+    """How many rounds fit into a time, within limits."""
+    return max(least, min(most, int(seconds / max(one_round, 1e-9))))
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the versions and the commit that a record was made with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--", "csrc", "fastkfo"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
-        platform.processor(),
-    )  # fmt: skip
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
-def save(name: str, record: dict[str, Any]) -> Path:
-    """Write a record to `results/<name>.json` with the environment."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **record}, indent=1) + "\n")
-    return path
+def times(samples: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles, in milliseconds."""
+    low, median, high = quartiles(samples)
+    return {"median_ms": 1e3 * median, "q1_ms": 1e3 * low, "q3_ms": 1e3 * high}
+
+
+def speedup(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast as the baseline, round by round."""
+    low, median, high = quartiles([b / s for b, s in zip(baseline, samples, strict=True)])
+    return {"median": median, "q1": low, "q3": high, "unstable": (high - low) > UNSTABLE * median}

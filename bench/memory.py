@@ -1,68 +1,60 @@
-"""Peak memory of one meta-gradient: growth of the resident set, in a process of its own.
-
-python bench/memory.py      # stores bench/results/memory.json
-"""
+"""Peak memory of a call, above what was held before it."""
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
+import ctypes
+import gc
+import re
+from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def peaks(workload: str, method: str) -> dict[str, float]:
-    """MiB above what the process held before, by library."""
-    return {
-        library: min(
-            float(
-                subprocess.run(
-                    [sys.executable, __file__, library, workload, method],
-                    capture_output=True, text=True, check=True, cwd=ROOT,
-                ).stdout
-            )
-            for _ in range(2)
-        )
-        for library in ("learn2learn", "fastkfo")
-    }  # fmt: skip
+from typing import Any
 
 
-def _main(library: str, workload: str, method: str) -> None:
-    sys.path.insert(0, str(ROOT))
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Call once and see how high memory goes.
+
+    Args:
+        run: what is called.
+        device: "cuda" reads the allocator's peak, "cpu" the growth of the resident set.
+
+    Returns:
+        Bytes, good to about a MiB on the CPU; None where the system does not tell (not Linux).
+    """
+    gc.collect()
+    return _cuda(run) if device == "cuda" else resident_growth(run)
+
+
+def resident_growth(run: Callable[[], Any]) -> int | None:
+    """How far the resident set grows during a call; imports nothing but the standard library."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be reused unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from now
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def available() -> int:
+    """Bytes that could still be taken on this machine."""
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise OSError(f"no {field} in /proc/self/status")
+    return 1024 * int(found[1])
+
+
+def _cuda(run: Callable[[], Any]) -> int:
     import torch
 
-    import fastkfo
-    from bench import workloads
-    from tests.oracle import learn2learn
-
-    torch.set_num_threads(1)
-    # One step on a small learner first, so that code and threads are not counted.
-    for name in (library,):
-        l2l = fastkfo if name == "fastkfo" else learn2learn()
-        small = workloads.anil_head()
-        workloads.meta_gradient(workloads.make_learner(l2l, small, method), small)
-    work = workloads.WORKLOADS[workload]()
-    learner = workloads.make_learner(l2l, work, method)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
-        workloads.meta_gradient(learner, work)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def _all() -> None:
-    sys.path.insert(0, str(ROOT))
-    from bench import measure
-
-    rows = []
-    for workload in ("sine-mlp", "omniglot-cnn", "cifarfs-cnn-2"):
-        for method in ("maml", "kfo", "kfo-adapt"):
-            row = {"workload": workload, "method": method, "peak_mib": peaks(workload, method)}
-            rows.append(row)
-            print(row, flush=True)
-            measure.save("memory", {"threads_while_read": 1, "rows": rows})
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:]) if len(sys.argv) > 1 else _all()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,91 +1,99 @@
 """kron_update alone: against the per-parameter PyTorch formula, and against plain BLAS.
 
-python bench/kron.py [--save NAME]
+    pytest bench/test_kron.py --benchmark-only --benchmark-group-by=group
+
+A group is one comparison; its rounds are not interleaved, so read ratios off one quiet run.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import measure, workloads
+from bench.problem import Functional, Problem
 from fastkfo.functional import kron_update
 
+LR = 0.1
+Operands = list[list[Tensor]]
 
-def four_blocks() -> tuple[list, list, list, list]:
+
+def four_blocks(device: torch.device) -> Operands:
     """θ, G, L, R of every parameter of `omniglot-cnn`, as matrices."""
-    params = [p.detach() for p in workloads.omniglot_cnn().model().parameters()]
-    views = []
-    for p in params:
-        n, m = (p.shape[0], 1) if p.dim() < 2 else (p.shape[1], p[0, 0].numel())
-        views.append(p.reshape(p.shape) if p.dim() == 2 else p.reshape(-1, n, m))
-    eye = lambda n: torch.eye(n) + 0.1 * torch.randn(n, n)  # noqa: E731
-    return (
-        views,
-        [torch.randn_like(v) for v in views],
-        [eye(v.shape[-2]) for v in views],
-        [eye(v.shape[-1]) for v in views],
-    )
-
-
-def formula(params: list, grads: list, left: list, right: list, lr: float) -> list:
-    """What learn2learn computes: one parameter at a time, psd factors."""
+    problem = Problem.named("omniglot-cnn", "kfo", device=device.type)
+    form = Functional(problem)
+    theta, phi = form.theta(form.state), form.phi(form.state)
+    left, right = ([getattr(phi[name], side) for name in theta] for side in ("left", "right"))
+    views = [
+        p if p.dim() == 2 else p.reshape(-1, len(a), len(c))
+        for p, a, c in zip(theta.values(), left, right, strict=True)
+    ]
     return [
-        p - lr * ((a.t() @ a) @ g @ (c.t() @ c))
-        for p, g, a, c in zip(params, grads, left, right, strict=True)
+        [t.detach().clone() for t in group]
+        for group in (views, [torch.randn_like(v) for v in views], left, right)
     ]
 
 
-def main() -> None:
-    """Time both comparisons, print them, store the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", default=None)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    args = four_blocks()
-    # Against the formula, forward under no_grad, then forward and backward.
-    learnable = [[x.clone().requires_grad_() for x in group] for group in args]
-
-    def forward_backward(update):
-        torch.autograd.backward([u.sum() for u in update(*learnable)])
-
-    fused = lambda *a: kron_update(*a, lr=0.1, psd=True)  # noqa: E731
-    plain = lambda *a: formula(*a, 0.1)  # noqa: E731
-    worst = max(
-        float((a - b).norm() / b.norm())
-        for a, b in zip(fused(*args), plain(*[[x.double() for x in g] for g in args]), strict=True)
-    )
-    big = [torch.randn(1024, 1024) for _ in range(4)]
-    wide = [[b] for b in big]
-    comparisons = {
-        "4-block CNN, forward": {
-            "formula": lambda: plain(*args), "kron_update": lambda: fused(*args)
-        },
-        "4-block CNN, forward and backward": {
-            "formula": lambda: forward_backward(plain),
-            "kron_update": lambda: forward_backward(fused),
-        },
-        "1024 x 1024 factors": {
-            "BLAS": lambda: big[2] @ big[1] @ big[3],
-            "kron_update": lambda: kron_update(*wide, lr=0.1),
-        },
-    }  # fmt: skip
-    record: dict = {"difference": worst, "comparisons": {}}
-    for title, runs in comparisons.items():
-        samples = measure.interleaved(runs, rounds=40 if "1024" in title else 200, warmup=5)
-        table = measure.summary(samples, next(iter(runs)))
-        record["comparisons"][title] = table
-        for name, row in table.items():
-            print(f"{title:36} {name:12} {row['median_ms']:9.3f} ms  x {row['speedup']:.2f}")
-    print(f"largest normwise difference from the float64 formula: {worst:.1e}")
-    if options.save:
-        print(measure.save(options.save, record))
+def formula(*operands: list[Tensor]) -> list[Tensor]:
+    """What learn2learn computes: one parameter at a time, psd factors."""
+    return [p - LR * ((a.T @ a) @ g @ (c.T @ c)) for p, g, a, c in zip(*operands, strict=True)]
 
 
-if __name__ == "__main__":
-    main()
+def fused(*operands: list[Tensor]) -> list[Tensor]:
+    return kron_update(*operands, lr=LR, psd=True)
+
+
+UPDATES = {"formula": formula, "kron_update": fused}
+
+
+def timed(benchmark: Any, device: torch.device, run: Callable[[], Any]) -> None:
+    """Many rounds of a call, the device's work included."""
+
+    def once() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=100, warmup_rounds=5)
+
+
+@pytest.fixture
+def operands(device):
+    return four_blocks(device)
+
+
+@pytest.fixture(params=UPDATES)
+def update(request, operands):
+    """An implementation, once it agrees with the formula in float64."""
+    exact = formula(*[[t.double() for t in group] for group in operands])
+    chosen = UPDATES[request.param]
+    for ours, theirs in zip(chosen(*operands), exact, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    return chosen
+
+
+@pytest.mark.benchmark(group="4-block CNN, forward")
+def test_forward(benchmark, device, update, operands):
+    timed(benchmark, device, lambda: update(*operands))
+
+
+@pytest.mark.benchmark(group="4-block CNN, forward and backward")
+def test_forward_backward(benchmark, device, update, operands):
+    learnable = [[t.requires_grad_() for t in group] for group in operands]
+    timed(benchmark, device, lambda: torch.autograd.backward([u.sum() for u in update(*learnable)]))
+
+
+@pytest.mark.benchmark(group="1024 x 1024 factors")
+@pytest.mark.parametrize("implementation", ["BLAS", "kron_update"])
+def test_large_factors(benchmark, device, implementation):
+    theta, g, left, right = torch.randn(4, 1024, 1024, device=device).unbind()
+    runs = {
+        "BLAS": lambda: torch.addmm(theta, left @ g, right, alpha=-LR),
+        "kron_update": lambda: kron_update([theta], [g], [left], [right], lr=LR)[0],
+    }
+    error = (runs["BLAS"]() - runs["kron_update"]()).norm() / runs["BLAS"]().norm()
+    assert error < 1e-5
+    timed(benchmark, device, runs[implementation])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fastkfo._version import __version__
+from fastkfo.cli.bench import bench
 from fastkfo.cli.demo import demo
 
 __all__ = ["app"]
@@ -18,6 +19,12 @@ app = typer.Typer(
 )
 # The docstring's first two paragraphs: Raises is for readers of the code.
 app.command(help=(demo.__doc__ or "").partition("Raises:")[0])(demo)
+# Every option, --help too, is the benchmark's own.
+app.command(
+    help=(bench.__doc__ or "").partition("Raises:")[0],
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(bench)
 
 
 def _print_version(wanted: bool) -> None:

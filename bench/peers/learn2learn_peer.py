@@ -1,0 +1,64 @@
+"""learn2learn 0.2.0's own loop, as its examples write it: the oracle, and what ratios are to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers.base import InProcess
+from bench.problem import Gradient, Problem, gradient_of, named_parameters
+
+
+def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient:
+    """One task after the other; the gradients of the sum of the query losses."""
+    for _, p in named_parameters(features, learner):
+        p.grad = None
+    for x_s, y_s, x_q, y_q in zip(*problem.data, strict=True):
+        x_s, x_q = seen(features, x_s, x_q)
+        clone = learner.clone()
+        for _ in range(problem.steps):
+            clone.adapt(problem.loss(clone(x_s), y_s))
+        problem.loss(clone(x_q), y_q).backward()
+    return gradient_of(features, learner)
+
+
+def seen(features: nn.Module | None, x_s: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
+    """One task's features, of support and query together, as the KFO scripts take them."""
+    if features is None:
+        return x_s, x_q
+    support, query = features(torch.cat([x_s, x_q])).split([len(x_s), len(x_q)])
+    return support, query
+
+
+def prepared(problem: Problem, l2l: Any) -> InProcess:
+    """The loop on one library."""
+    features, learner = problem.features(), problem.learner(l2l)
+    return InProcess(lambda: loop(problem, features, learner), problem.device)
+
+
+class Learn2learn:
+    name = "learn2learn"
+
+    def missing(self) -> str | None:
+        try:
+            self._library()
+        except FileNotFoundError as error:
+            return str(error).partition(" Get it")[0] + " `make bench` fetches it."
+        return None
+
+    def declines(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem) -> InProcess:
+        return prepared(problem, self._library())
+
+    @staticmethod
+    def _library() -> Any:
+        from tests.oracle import learn2learn
+
+        return learn2learn()
+
+
+PEER = Learn2learn()
