@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,8 +19,11 @@ from bench.peers import peer as peer_named
 from bench.problem import Problem
 from bench.records import RESULTS, Record
 from bench.row import Tell, read
+from bench.workloads import METHODS, WORKLOADS
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=130)  # a file or a pipe is as wide as it is written
 QUICK_MINUTES = 4.5  # ends within five: the last row may be a little late
 SECONDS_PER_ROW = 60.0
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -28,11 +31,16 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def bench(
     every: Annotated[bool, typer.Option("--all", help="Every workload with every method.")] = False,
-    workload: Annotated[list[str] | None, typer.Option(help="A workload; repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable.")] = None,
+    readme: Annotated[bool, typer.Option("--readme", help="What the README quotes.")] = False,
+    workload: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeatable.")
+    ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(NAMES)}; repeatable. Default: the first five."),
+        typer.Option(help=f"One of {', '.join(NAMES)}; repeatable. learn2learn is always there."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
@@ -51,11 +59,11 @@ def bench(
 ) -> None:
     """Measures meta-gradients side by side, and only those that are right.
 
-    Without options: a five-minute selection against learn2learn, the plain reference, vmap and JAX.
+    Without options: a five-minute selection, of learn2learn, fastkfo, the reference, vmap and JAX.
     The record goes to RESULTS/<machine>/<name>.json, after every row.
     """
     with _told_in_a_line():
-        names = list(peer or BY_DEFAULT)
+        names = list(dict.fromkeys([ORACLE, *(peer or BY_DEFAULT)]))  # ratios are to the first
         for one in names:
             peer_named(one)
         if reason := peer_named(ORACLE).missing():
@@ -63,19 +71,19 @@ def bench(
         _check(device, dtype, sweep)
         sizes = {"tasks": tasks, "steps": steps, "width": width}
         place = {"dtype": DTYPES[dtype], "device": device}
-        is_quick = not (every or workload or method or sweep)
-        if is_quick:
-            problems = selection.quick(**sizes, **place)
-        else:
-            problems = selection.chosen(workload or [], method or [], **sizes, **place)
-        minutes = minutes or (QUICK_MINUTES if is_quick else len(problems) * SECONDS_PER_ROW / 60)
-        default = "quick" if is_quick else "all" if every else "last"
-        record = Record(results / machine.name(device) / f"{name or default}.json")
+        which, problems = _problems(
+            every, readme, bool(sweep), _once(workload), _once(method), **sizes, **place
+        )
+        if minutes is None:
+            quick = which == "quick"
+            minutes = QUICK_MINUTES if quick else len(problems) * SECONDS_PER_ROW / 60
+        record = Record(results / machine.name(device) / f"{name or which}.json")
     try:
         for run in range(runs):
             _run(run, problems, names, sweep, minutes, record)
     except KeyboardInterrupt:
-        console.print(f"interrupted: the finished rows are in {record.path}")
+        kept = f"{record.rows} finished row(s) are in" if record.rows else "nothing was written to"
+        console.print(f"interrupted: {kept} {record.path}")
         raise typer.Exit(130) from None
     console.print(f"record: {record.path}")
 
@@ -92,27 +100,71 @@ def _run(
     device = problems[0].device
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for every peer
     until = time.monotonic() + 60 * minutes
-    with _progress(len(problems)) as (tell, step):
-        tell("ceilings of this machine")
-        rates = ceilings.measure(device)
-        record.begin(environment=machine.environment(device), ceilings=rates, sweep=sweep)
-        rows = []
-        for done, problem in enumerate(problems):
-            left = until - time.monotonic()
-            if left <= 0:
-                console.print(f"run {run + 1}: out of time before {problem.label}")
-                continue
-            seconds = left / (len(problems) - done)
-            if sweep:
-                row = scaling.read(problem, sweep, names, seconds, rates, tell)
-            else:
-                row = read(problem, names, seconds, rates, tell)
-            rows.append(row)
-            record.add(row)
-            step()
+    rows: list[dict[str, Any]] = []
+    try:
+        with _progress(len(problems)) as (tell, step):
+            tell("ceilings of this machine")
+            rates = ceilings.measure(device)
+            record.begin(environment=machine.environment(device), ceilings=rates, sweep=sweep)
+            for done, problem in enumerate(problems):
+                left = until - time.monotonic()
+                if left <= 0:
+                    console.print(f"run {run + 1}: out of time before {problem.label}")
+                    continue
+                share = left / (len(problems) - done)
+                if sweep:
+                    _sweep(problem, sweep, names, time.monotonic() + share, tell, record, rows)
+                else:
+                    rows.append(read(problem, names, share, rates, tell))
+                    record.add(rows[-1])
+                step()
+            tell("done")
         if len(rows) == len(problems):
             record.end()
-    console.print(scaling.table(rows) if sweep else table.problems(rows))
+    finally:  # an interrupted run shows what it has
+        if rows:
+            console.print(scaling.table(rows) if sweep else table.problems(rows, console.width))
+        for line in () if sweep else table.remarks(rows):
+            console.print(line, highlight=False)
+
+
+def _sweep(
+    problem: Problem,
+    axis: str,
+    names: list[str],
+    until: float,
+    tell: Tell,
+    record: Record,
+    rows: list[dict[str, Any]],
+) -> None:
+    """One row, on disk after each of its points."""
+    for number, row in enumerate(scaling.read(problem, axis, names, until, tell)):
+        if number == 0:
+            rows.append(row)
+            record.add(row)
+        else:
+            record.replace(row)
+
+
+def _problems(
+    every: bool, readme: bool, sweep: bool, workloads: list[str], methods: list[str], **sizes: Any
+) -> tuple[str, list[Problem]]:
+    """The record's own name, and what is in it.
+
+    Raises:
+        ValueError: Selections are combined, or a name is unknown.
+    """
+    if (every or readme) and (workloads or methods or (every and readme)):
+        raise ValueError("--all, --readme: expected one of them, without --workload or --method")
+    if readme:
+        return selection.README, selection.quoted(**sizes)
+    if every or sweep or workloads or methods:
+        return "all" if every else "last", selection.chosen(workloads, methods, **sizes)
+    return "quick", selection.quick(**sizes)
+
+
+def _once(names: list[str] | None) -> list[str]:
+    return list(dict.fromkeys(names or []))
 
 
 def _check(device: str, dtype: str, sweep: str | None) -> None:
@@ -144,11 +196,16 @@ def _progress(rows: int) -> Iterator[tuple[Tell, Callable[[], None]]]:
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=rows)
-        yield (
-            lambda text: progress.update(bar, description=text),
-            lambda: progress.advance(bar),
-        )
+
+        def tell(text: str) -> None:
+            progress.update(bar, description=text)
+            if not console.is_terminal:  # there a bar shows nothing until the end
+                console.print(text, highlight=False)
+
+        yield tell, lambda: progress.advance(bar)
 
 
 if __name__ == "__main__":
-    typer.run(bench)
+    app = typer.Typer(add_completion=False)
+    app.command()(bench)
+    app(prog_name="fastkfo bench")

@@ -10,7 +10,6 @@ arithmetic peak.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import clock
 from fastkfo.functional import kron_update
 
 DTYPES = (torch.float32, torch.float64)
@@ -134,24 +134,8 @@ def _rate(candidate: Candidate, device: str, seconds: float) -> float:
     """The best of what fits into so many seconds, at least three, in 1e9 per second."""
     run = candidate.make()
     run()
-    timed = _timed_cuda if device == "cuda" else _timed
     best, spent, runs = math.inf, 0.0, 0
     while spent < seconds or runs < 3:
-        took = timed(run)
+        took = clock.seconds(run, device)
         best, spent, runs = min(best, took), spent + took, runs + 1
     return candidate.work / best / 1e9
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def _timed_cuda(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

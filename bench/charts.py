@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.peers import NAMES
+from bench.scaling import wrong
 
 COLOURS = {name: f"C{k}" for k, name in enumerate(NAMES)}
 DRAWN = ("ok", "wrong")
@@ -61,8 +62,9 @@ def scaling(runs: list[dict[str, Any]], path: Path) -> None:
             if not peer["points"]:
                 continue
             x = [p["x"] for p in peer["points"]]
-            style = "--" if peer["status"] == "wrong" else "-"
-            label = name + (" (wrong)" if peer["status"] == "wrong" else "")
+            is_wrong = wrong(peer) is not None
+            style = "--" if is_wrong else "-"
+            label = name + (" (wrong)" if is_wrong else "")
             look = {"color": COLOURS[name], "linestyle": style, "marker": ".", "label": label}
             time.plot(x, [p["median_ms"] for p in peer["points"]], **look)
             held = [max(p["peak_bytes"] or 0, 2**16) / 2**20 for p in peer["points"]]

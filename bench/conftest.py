@@ -1,5 +1,16 @@
-"""Benchmarks take the tests' `device` fixture, and its skipping where there is no GPU."""
+"""What the benchmarks share: the devices there are, and a seed."""
 
-from tests.conftest import device, pytest_collection_modifyitems, seed
+import pytest
+import torch
 
-__all__ = ["device", "pytest_collection_modifyitems", "seed"]
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -8,17 +8,19 @@ from typing import Any
 
 # A ratio whose quartiles lie further apart than this, relative to it, is not quoted.
 UNSTABLE = 0.25
+# Nor is any from a row during which more cores than this were at other work: it slows down whoever
+# uses all cores, in every round alike.
+BUSY_CORES = 0.15
+LEAST, FEW, MOST = 7, 3, 40  # rounds; few where one is long
+LONG_S = 3.0
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], float]], rounds: int, after: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Time every run once per round, in turn, so that a noisy moment meets all of them.
 
     Args:
         runs: each does its work once and returns the seconds that took; all are warm.
         rounds: how many times each.
-        after: called after every round.
 
     Returns:
         Seconds, one number per round, by name.
@@ -30,13 +32,13 @@ def interleaved(
         first = round_ % max(1, len(names))
         for name in names[first:] + names[:first]:
             samples[name].append(runs[name]())
-        after()
     return samples
 
 
-def rounds_for(seconds: float, one_round: float, least: int = 3, most: int = 40) -> int:
-    """How many rounds fit into a time, within limits."""
-    return max(least, min(most, int(seconds / max(one_round, 1e-9))))
+def rounds_for(seconds: float, one_round: float, most: int = MOST) -> int:
+    """How many rounds fit into a time, within limits; two seconds' worth of them at least."""
+    least = min(most, FEW if one_round > LONG_S else LEAST)
+    return max(least, min(most, int(max(seconds, 2.0) / max(one_round, 1e-9))))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -188,6 +188,12 @@ def named_parameters(
     yield from learner.named_parameters()
 
 
+def clear_gradients(features: nn.Module | None, learner: nn.Module) -> None:
+    """Lets go of what lies in `.grad`."""
+    for _, p in named_parameters(features, learner):
+        p.grad = None
+
+
 def gradient_of(features: nn.Module | None, learner: nn.Module) -> Gradient:
     """What lies in `.grad`; zeros where nothing does."""
     return {

@@ -43,6 +43,16 @@ class Record:
         self._runs[-1]["rows"].append(row)
         self._write()
 
+    def replace(self, row: dict[str, Any]) -> None:
+        """The last row has grown."""
+        self._runs[-1]["rows"][-1] = row
+        self._write()
+
+    @property
+    def rows(self) -> int:
+        """How many are on disk."""
+        return sum(len(run["rows"]) for run in self._runs)
+
     def end(self) -> None:
         """The run has all its rows."""
         self._runs[-1]["complete"] = True

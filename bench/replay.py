@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from bench import clock
+
 
 def seconds(run: Callable[[], Any], replays: int = 20) -> float | None:
     """Median seconds of a replay, or None if the call cannot be captured."""
@@ -22,14 +24,5 @@ def seconds(run: Callable[[], Any], replays: int = 20) -> float | None:
             run()
     except RuntimeError:  # it synchronises, or allocates as capture forbids
         return None
-    readings = sorted(_timed(graph.replay) for _ in range(replays))
+    readings = sorted(clock.seconds(graph.replay, "cuda") for _ in range(replays))
     return readings[len(readings) // 2]
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

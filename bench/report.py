@@ -2,8 +2,9 @@
 
     python bench/report.py
 
-Records are `bench/results/<machine>/<name>.json`. The README's table is of the machine and the
-record named below; every machine's folder gets a README.md with all that its records hold.
+Records are `bench/results/<machine>/<name>.json`. The README's table is of `readme.json`, which
+`fastkfo bench --readme --runs 3` makes; every machine's folder gets a README.md with all that its
+records hold.
 """
 
 from __future__ import annotations
@@ -14,28 +15,45 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import charts, summary
+from bench import charts, scaling, summary
+from bench.peers import ORACLE
 from bench.records import RESULTS, load
-from bench.table import number
+from bench.selection import README
+from bench.table import count, mebibytes, number
+from bench.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
-QUOTED = "readme"  # the record of what the README quotes: three runs
 BEGIN, END = "<!-- table: bench/report.py -->", "<!-- end of table -->"
+SCRATCH = ("quick", "last")  # not committed
+ABOUT = """\
+Made by `bench/report.py` from the JSON files beside it. Float32 but where said. Times are medians
+of runs, ratios are to learn2learn, with the slowest and the fastest run's in brackets. Launches are
+operators dispatched on the CPU, kernels on CUDA, and for JAX the instructions of its program. "off"
+is the distance from learn2learn's float64 gradient in the precision that was timed, "gate" that of
+the float64 gradient, of the worst parameter. The loops in Python (learn2learn, fastkfo, reference)
+keep batch norm's running statistics, vmap and JAX have none."""
 TITLES = {"jax": "JAX `jit(vmap)`", "vmap": "`torch.func.vmap`", "compile": "`torch.compile(vmap)`"}
 
 
 def main() -> None:
     """Rewrite what is made from records."""
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        pages = {path.stem: load(path) for path in sorted(folder.glob("*.json"))}
-        (folder / "README.md").write_text(page(folder.name, pages))
+        files = [path for path in sorted(folder.glob("*.json")) if path.stem not in SCRATCH]
+        pages = {path.stem: load(path) for path in files}
+        write(folder / "README.md", page(folder.name, pages))
         for name, runs in pages.items():
             if any("axis" in row for run in runs for row in run["rows"]):
                 charts.scaling(runs, IMAGES / f"{name}-{folder.name}.png")
-        if QUOTED in pages:
-            readme(pages[QUOTED])
-            charts.peers(summary.merged(pages[QUOTED]), IMAGES / "peers.png")
+        if README in pages:
+            readme(pages[README])
+            charts.peers(summary.merged(pages[README]), IMAGES / "peers.png")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file, and say so."""
+    path.write_text(text)
+    print(path.relative_to(ROOT))
 
 
 def readme(runs: list[dict[str, Any]]) -> None:
@@ -43,7 +61,7 @@ def readme(runs: list[dict[str, Any]]) -> None:
     path = ROOT / "README.md"
     before, rest = path.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{quoted(runs)}\n{END}{after}")
+    write(path, f"{before}{BEGIN}\n{quoted(runs)}\n{END}{after}")
 
 
 def quoted(runs: list[dict[str, Any]]) -> str:
@@ -53,13 +71,21 @@ def quoted(runs: list[dict[str, Any]]) -> str:
     head = ["workload", "method", *(TITLES.get(name, name) for name in names), "floor"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        cells = [_cell(row["peers"].get(name)) for name in names]
-        size = f"`{row['workload']}`, T {row['tasks']}, K {row['steps']}"
-        lines.append(_line([size, row["method"], *cells, f"{number(row['floor_ms'])} ms"]))
-    return "\n".join([*lines, "", _made_with(runs)])
+        peers = [_cell(name, row["peers"].get(name)) for name in names]
+        lines.append(_line([*_what(row), *peers, f"{number(row['floor_ms'])} ms"]))
+    return "\n".join([*lines, "", made_with(runs)])
 
 
-def _cell(peer: dict[str, Any] | None) -> str:
+def _what(row: dict[str, Any]) -> list[str]:
+    """Workload and method, with whatever is not the workload's own size."""
+    own = WORKLOADS[row["workload"]]
+    sizes = f"T {row['tasks']}, K {row['steps']}"
+    width = "" if row["width"] == own.width else f", width {row['width']}"
+    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    return [f"`{row['workload']}` {sizes}{width}{dtype}", row["method"]]
+
+
+def _cell(name: str, peer: dict[str, Any] | None) -> str:
     if peer is None:
         return ""
     if "ms" not in peer:
@@ -67,25 +93,25 @@ def _cell(peer: dict[str, Any] | None) -> str:
     time = f"{number(peer['ms'])} ms"
     if peer["status"] == "wrong":
         return f"wrong by {peer['wrong_by']:.0e} ({time})"
-    if "speedup" not in peer or peer["speedup"] == peer["lowest"] == peer["highest"] == 1:
+    if name == ORACLE or "speedup" not in peer:
         return time
     return f"{time}, **{_times(peer)}**"
 
 
 def _times(peer: dict[str, Any]) -> str:
-    """`2.1x (2.0-2.2)`: the median run, and the lowest and the highest."""
+    """`2.10x (2.05-2.20)`: the median run, and the lowest and the highest."""
+    low, middle, high = (number(peer[k]) for k in ("lowest", "speedup", "highest"))
     if peer["unstable"]:
-        return f"about {peer['speedup']:.2g}x, unstable"
-    digits = 0 if peer["speedup"] >= 10 else 2
-    low, middle, high = (f"{peer[k]:.{digits}f}" for k in ("lowest", "speedup", "highest"))
-    return f"{middle}x ({low}-{high})"
+        return f"about {middle}x, unstable"
+    return f"{middle}x ({low}-{high})" if peer["runs"] > 1 else f"{middle}x (one run)"
 
 
 def page(machine: str, records: dict[str, list[dict[str, Any]]]) -> str:
     """All that a machine's records hold."""
-    parts = [f"# Records of {machine}", "Made by `bench/report.py` from the JSON files beside it."]
+    parts = [f"# Records of {machine}", ABOUT]
     for name, runs in records.items():
-        parts.append(f"## {name}\n\n{_made_with(runs)}")
+        cut = "" if all(run["complete"] for run in runs) else " (cut short)"
+        parts.append(f"## {name}{cut}\n\n{made_with(runs)}")
         if rows := summary.merged(runs):
             parts.append(_full(rows))
         sweeps = [row for run in runs for row in run["rows"] if "axis" in row]
@@ -96,26 +122,26 @@ def page(machine: str, records: dict[str, list[dict[str, Any]]]) -> str:
 
 def _full(rows: list[dict[str, Any]]) -> str:
     head = ["workload", "method", "peer", "ms", "times as fast", "x floor", "peak MiB", "launches",
-            "compile s", "gate"]  # fmt: skip
+            "compile s", "off", "gate"]  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         for name, peer in row["peers"].items():
-            size = f"`{row['workload']}` T {row['tasks']} K {row['steps']}"
-            lines.append(_line([size, row["method"], name, *_readings(peer)]))
+            lines.append(_line([*_what(row), name, *_readings(peer)]))
     return "\n".join(lines)
 
 
 def _readings(peer: dict[str, Any]) -> list[str]:
     if "ms" not in peer:
-        return ["", "", "", "", "", "", f"{peer['status']}: {peer['why']}"]
-    peak, launches, compile_s = (peer[k] for k in ("peak_bytes", "launches", "compile_s"))
+        return ["", "", "", "", "", "", "", f"{peer['status']}: {peer['why']}"]
+    replayed = "" if peer["replay_ms"] is None else f", replayed {number(peer['replay_ms'])}"
     return [
-        number(peer["ms"]),
+        number(peer["ms"]) + replayed,
         _times(peer) if "speedup" in peer else "",
         number(peer["times_floor"]),
-        "" if peak is None else f"{peak / 2**20:.0f}",
-        "" if launches is None else f"{launches:.0f}",
-        "" if compile_s is None else number(compile_s),
+        mebibytes(peer["peak_bytes"]),
+        count(peer["launches"]),
+        number(peer["compile_s"]),
+        f"{peer['difference']:.0e}",
         f"{peer['gate']:.0e}" if peer["status"] == "ok" else str(peer["why"]),
     ]
 
@@ -125,28 +151,23 @@ def _sweeps(rows: list[dict[str, Any]]) -> str:
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         for name, peer in row["peers"].items():
-            points = ", ".join(
-                f"{p['x']}: {number(p['median_ms'])} ({(p['peak_bytes'] or 0) / 2**20:.0f})"
-                for p in peer["points"]
-            )
-            power = "" if peer["slope"] is None else f"{peer['slope']:.2f}"
-            cells = [f"`{row['workload']}`, {row['axis']}", row["method"], name, points, power]
-            wrong = f"{peer['why']}; " if peer["status"] == "wrong" else ""
-            lines.append(_line([*cells, wrong + (peer["stopped"] or "")]))
+            what = [f"`{row['workload']}`, {row['axis']}", row["method"], name]
+            lines.append(_line([*what, *scaling.cells(peer)]))
     return "\n".join(lines)
 
 
-def _made_with(runs: list[dict[str, Any]]) -> str:
+def made_with(runs: list[dict[str, Any]]) -> str:
     """Machine, versions, commit and ceilings, in a sentence."""
     e, c = runs[-1]["environment"], runs[-1]["ceilings"]
     versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if k in ("torch", "jax"))
     gemm = c["gemm"]["float32"]
+    commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
+    many = f"{len(runs)} runs" if len(runs) > 1 else "One run"
     return (
-        f"float32 on {e['gpu'] or e['cpu']}, {e['threads']} threads; {len(runs)} run(s), medians; "
-        "in brackets the slowest and the fastest run's ratio. Ceilings "
-        f"{number(gemm['gflops'])} GFLOP/s ({gemm['best']}), "
+        f"{many} on {e['gpu'] or e['cpu']}, {e['threads']} threads. Ceilings of the last: "
+        f"{number(gemm['gflops'])} GFLOP/s in float32 ({gemm['best']}), "
         f"{number(c['copy']['gb_per_s'])} GB/s. Python {e['python']}, {versions}, "
-        f"commit {e['commit']}, {e['date']}."
+        f"commit {commits}, {e['date']}."
     )
 
 

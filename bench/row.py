@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench import floors, gate, measure, replay
+from bench import clock, floors, gate, measure, replay
 from bench.peers import ORACLE, peer
 from bench.peers.base import Prepared
 from bench.problem import Gradient, Problem
 
 Tell = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]
 REPLAYED_BELOW_S = 0.02
 
 
@@ -30,17 +32,17 @@ def read(
     Args:
         problem: what is computed.
         names: of the peers.
-        seconds: for all of this row, about; every peer is timed three times at least.
+        seconds: for all of this row, about; every peer is timed a few times at least.
         ceilings: of this machine, see bench/ceilings.py.
         tell: is told what is being done.
 
     Returns:
-        The row of a record.
+        The row of a record. Whatever one peer fails at is part of it.
     """
     begin = time.perf_counter()
     tell(f"{problem.label}: oracle")
-    oracle = oracle_of(problem)
-    entries: dict[str, dict[str, Any]] = {}
+    oracle = Oracle.of(problem)
+    entries: Entries = {}
     ready: dict[str, Prepared] = {}
     try:
         for name in names:
@@ -49,15 +51,10 @@ def read(
             if prepared is not None:
                 ready[name] = prepared
         tell(f"{problem.label}: timing")
-        left = seconds - (time.perf_counter() - begin)
-        _time(entries, ready, left, lambda: tell(f"{problem.label}: timing"))
-        for name, prepared in ready.items():
+        about = compare(entries, ready, seconds - (time.perf_counter() - begin))
+        for name in list(ready):
             tell(f"{problem.label}: memory and launches of {name}")
-            entries[name] |= {
-                "peak_bytes": prepared.peak_bytes(),
-                "launches": prepared.launches(),
-                "replay_ms": _replay_ms(prepared, entries[name]),
-            }
+            _guarded(name, entries, ready, partial(_rest, entry=entries[name], oracle=oracle))
     finally:
         for prepared in ready.values():
             prepared.close()
@@ -68,40 +65,66 @@ def read(
     return {
         **asdict(problem),
         "dtype": str(problem.dtype).removeprefix("torch."),
+        **about,
         "peers": entries,
         "floors": floor,
         "took_s": time.perf_counter() - begin,
     }
 
 
-def oracle_of(problem: Problem) -> Gradient:
-    """learn2learn's meta-gradient in float64."""
-    return peer(ORACLE).prepare(problem.to(torch.float64)).gradient()
+@dataclass(frozen=True)
+class Oracle:
+    """What gradients are held against.
+
+    Attributes:
+        exact: learn2learn's in float64.
+        rounded: how far off a gradient in the problem's own precision may be, normwise.
+    """
+
+    exact: Gradient
+    rounded: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Oracle:
+        exact = _gradient_once(ORACLE, problem.to(torch.float64))
+        if problem.dtype == torch.float64:
+            return cls(exact, gate.LIMIT)
+        theirs = gate.difference(_gradient_once(ORACLE, problem), exact).whole
+        return cls(exact, max(gate.ROUNDED_LIMIT, gate.TIMES_ORACLE * theirs))
 
 
-def admit(name: str, problem: Problem, oracle: Gradient) -> tuple[dict[str, Any], Prepared | None]:
+def admit(name: str, problem: Problem, oracle: Oracle) -> tuple[dict[str, Any], Prepared | None]:
     """A peer's entry so far; and the peer made ready, unless there is nothing to be timed."""
     implementation = peer(name)
     if reason := implementation.missing():
         return {"status": "missing", "why": reason}, None
     if reason := implementation.declines(problem):
         return {"status": "declines", "why": reason}, None
+    prepared: Prepared | None = None
     try:
-        exact = _gradient_once(name, problem.to(torch.float64))
-        found = gate.difference(exact, oracle)
+        found = gate.difference(_gradient_once(name, problem.to(torch.float64)), oracle.exact)
         prepared = implementation.prepare(problem)
-        same_precision = gate.difference(prepared.gradient(), oracle)
+        entry = {
+            "status": "ok" if found.passes else "wrong",
+            "why": None if found.passes else found.text(),
+            "gate": found.record(),
+            "compile_s": prepared.compile_s,
+        }
+        _check_rounded(entry, prepared, oracle)
     except Exception as error:  # one peer's failure is a row, not the end of the others
+        if prepared is not None:
+            prepared.close()
         return failure(error), None
-    entry = {
-        "status": "ok" if found.passes else "wrong",
-        "why": None if found.passes else found.text(),
-        "gate": found.record(),
-        # For information: a ReLU that rounding switches moves it by 1e-3, for any peer.
-        "difference": same_precision.whole,
-        "compile_s": prepared.compile_s,
-    }
     return entry, prepared
+
+
+def _check_rounded(entry: dict[str, Any], prepared: Prepared, oracle: Oracle) -> None:
+    """Holds the very instance that is timed to the oracle, in its own precision."""
+    off = gate.difference(prepared.gradient(), oracle.exact).whole
+    entry["difference"] = off
+    if entry["status"] == "ok" and not off <= oracle.rounded:
+        entry |= {"status": "wrong", "why": f"wrong by {off:.0e} in the precision that is timed"}
+        entry.pop("speedup", None)
 
 
 def _gradient_once(name: str, problem: Problem) -> Gradient:
@@ -125,28 +148,67 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"status": status, "why": f"{type(error).__name__}: {text}"[:200]}
 
 
-def _time(
-    entries: dict[str, dict[str, Any]],
-    ready: dict[str, Prepared],
-    seconds: float,
-    after: Callable[[], None],
-) -> None:
-    """Samples, medians and ratios into the entries. The gradients computed before were warm-up."""
-    if not ready:
-        return
-    once = {name: prepared.seconds() for name, prepared in ready.items()}
-    rounds = measure.rounds_for(seconds, sum(once.values()))
-    runs = {name: prepared.seconds for name, prepared in ready.items()}
-    samples = measure.interleaved(runs, rounds, after)
-    for name, taken in samples.items():
-        entries[name] |= {"samples_s": taken, **measure.times(taken)}
-        if entries[name]["status"] == "ok" and ORACLE in samples:
-            entries[name]["speedup"] = measure.speedup(taken, samples[ORACLE])
+def compare(
+    entries: Entries, ready: dict[str, Prepared], seconds: float, most: int = measure.MOST
+) -> dict[str, Any]:
+    """Samples, medians and ratios into the entries. The gradients computed before were warm-up.
+
+    Args:
+        entries: of the peers, by name.
+        ready: who is timed; who fails is taken out.
+        seconds: for all rounds, about.
+        most: rounds.
+
+    Returns:
+        How many rounds these were, and how many cores were at other work meanwhile.
+    """
+
+    def once(name: str) -> float:
+        return _guarded(name, entries, ready, lambda prepared: prepared.seconds()) or 0.0
+
+    rounds = measure.rounds_for(seconds, sum(once(name) for name in list(ready)), most)
+    others = clock.Elsewhere([p.pid for p in ready.values() if p.pid is not None])
+    samples = measure.interleaved({n: lambda n=n: once(n) for n in ready}, rounds)
+    busy = others.cores()
+    for name in ready:  # those that are left
+        entries[name] |= {"samples_s": samples[name], **measure.times(samples[name])}
+        if entries[name]["status"] == "ok" and _is_baseline(entries.get(ORACLE)):
+            found = measure.speedup(samples[name], samples[ORACLE])
+            found["unstable"] |= busy is not None and busy > measure.BUSY_CORES
+            entries[name]["speedup"] = found
+    return {"rounds": rounds, "busy_elsewhere": busy}
+
+
+def _is_baseline(entry: dict[str, Any] | None) -> bool:
+    return entry is not None and entry["status"] == "ok" and "samples_s" in entry
+
+
+def _guarded(
+    name: str, entries: Entries, ready: dict[str, Prepared], run: Callable[[Prepared], Any]
+) -> Any:
+    """Runs; whoever fails is out, keeps what the gate said, and takes nobody along."""
+    if name not in ready:
+        return None
+    try:
+        return run(ready[name])
+    except Exception as error:
+        entries[name] |= failure(error)
+        entries[name].pop("speedup", None)
+        ready.pop(name).close()
+        return None
+
+
+def _rest(prepared: Prepared, entry: dict[str, Any], oracle: Oracle) -> None:
+    """What is read once; and the gradient once more, now that the rounds are over."""
+    entry["peak_bytes"] = prepared.peak_bytes()
+    entry["launches"] = prepared.launches()
+    entry["replay_ms"] = _replay_ms(prepared, entry)
+    _check_rounded(entry, prepared, oracle)
 
 
 def _replay_ms(prepared: Prepared, entry: dict[str, Any]) -> float | None:
     """Of a small problem on a GPU, where launches are most of the time."""
-    run = getattr(prepared, "capturable", None)
+    run = prepared.capturable
     if run is None or entry["median_ms"] > 1e3 * REPLAYED_BELOW_S:
         return None
     taken = replay.seconds(run)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from rich.table import Table
 
-from bench import measure, memory
+from bench import memory
 from bench.peers import peer
 from bench.peers.base import Prepared
 from bench.problem import Problem
-from bench.row import Tell, admit, failure, oracle_of
-from bench.table import number
+from bench.row import Oracle, Tell, admit, compare, failure
+from bench.table import mebibytes, number
 
 ROUNDS = 5
 # The axis, its values (widths as multiples of the workload's), and the power of it by which time
@@ -26,50 +27,49 @@ AXES: dict[str, tuple[tuple[float, ...], int]] = {
     "width": ((0.25, 0.5, 1, 2, 4), 2),
 }
 LONGEST_S = 15.0  # one call; a peer that would take longer is stopped
+GATE_S = 4.0  # an oracle that takes longer is not run: points from there on are not gated
 SHARE_OF_MEMORY = 0.8
 
 
 def read(
-    problem: Problem,
-    axis: str,
-    names: Sequence[str],
-    seconds: float,
-    ceilings: dict[str, Any],
-    tell: Tell = lambda text: None,
-) -> dict[str, Any]:
+    problem: Problem, axis: str, names: Sequence[str], until: float, tell: Tell = lambda text: None
+) -> Iterator[dict[str, Any]]:
     """Measure a problem at every value of an axis, with every peer until it ends.
 
     Args:
         problem: what is computed; its own value of the axis is not used, but for the width's unit.
         axis: one of AXES.
         names: of the peers.
-        seconds: for all of it, about: shares it out over the points.
-        ceilings: not used, no floor is drawn.
+        until: no point is begun later, by time.monotonic().
         tell: is told what is being done.
 
-    Returns:
-        The row of a record: per peer its points, its slope, and why it ended where it did.
+    Yields:
+        The row of a record after every point: per peer its points, its slope, why it ended.
     """
     values, power = AXES[axis]
     unit = problem.width if axis == "width" else 1
-    sizes = [int(unit * value) for value in values]
-    first = replace(problem, **{axis: sizes[0]})
-    tell(f"{first.label}: gate")
-    oracle = oracle_of(first)
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        entry, prepared = admit(name, first, oracle)
-        found[name] = entry | {"points": [], "stopped": None if prepared else entry["why"]}
-        if prepared:
-            prepared.close()
-    for x in sizes:
+    found: dict[str, dict[str, Any]] = {n: {"points": [], "stopped": None} for n in names}
+    dtype = str(problem.dtype).removeprefix("torch.")
+    row = {**asdict(problem), "dtype": dtype, "axis": axis, "peers": found}
+    oracle_s, last_x = 0.0, 1
+    for x in (int(unit * value) for value in values):
+        if time.monotonic() > until:
+            for entry in found.values():
+                entry["stopped"] = entry["stopped"] or f"out of time before {x}"
+            break
         here = replace(problem, **{axis: x})
         tell(f"{here.label}: {', '.join(n for n in names if not found[n]['stopped'])}")
-        _point(here, x, power, seconds / len(sizes), found)
-    for entry in found.values():
-        entry["slope"] = slope([(p["x"], p["median_ms"]) for p in entry["points"]])
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return {**asdict(problem), "dtype": dtype, "axis": axis, "peers": found}
+        begin = time.monotonic()
+        affordable = oracle_s * (x / last_x) ** power < GATE_S
+        oracle = Oracle.of(here) if affordable else None
+        oracle_s, last_x = time.monotonic() - begin if oracle else math.inf, x
+        _point(here, x, power, oracle, found)
+        for entry in found.values():
+            entry["slope"] = slope([(p["x"], p["median_ms"]) for p in entry["points"]])
+        yield row
+        if all(entry["stopped"] for entry in found.values()):
+            break
+    yield row
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -82,31 +82,47 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _point(
-    problem: Problem, x: int, power: int, seconds: float, found: dict[str, dict[str, Any]]
+    problem: Problem, x: int, power: int, oracle: Oracle | None, found: dict[str, dict[str, Any]]
 ) -> None:
+    entries: dict[str, dict[str, Any]] = {}
     ready: dict[str, Prepared] = {}
     try:
-        for name, entry in found.items():
-            if entry["stopped"] is None:
-                entry["stopped"] = _too_much(entry["points"], x, power, problem.device)
-            if entry["stopped"] is None:
-                try:
-                    ready[name] = peer(name).prepare(problem)
-                    ready[name].gradient()
-                except Exception as error:
-                    entry["stopped"] = failure(error)["why"]
-                    if name in ready:
-                        ready.pop(name).close()
-        once = sum(prepared.seconds() for prepared in ready.values())
-        rounds = measure.rounds_for(seconds, once, most=ROUNDS)
-        samples = measure.interleaved({n: p.seconds for n, p in ready.items()}, rounds)
-        for name, taken in samples.items():
-            point = {"x": x, **measure.times(taken), "samples_s": taken}
-            point["peak_bytes"] = ready[name].peak_bytes()
-            found[name]["points"].append(point)
+        for name, peer_found in found.items():
+            if peer_found["stopped"] is None:
+                peer_found["stopped"] = _too_much(peer_found["points"], x, power, problem.device)
+            if peer_found["stopped"] is None:
+                entries[name], prepared = _made_ready(name, problem, oracle)
+                if prepared is not None:
+                    ready[name] = prepared
+        compare(entries, ready, 0.0, most=ROUNDS)
+        for name, entry in entries.items():
+            if name in ready:
+                entry["peak_bytes"] = ready[name].peak_bytes()
+                found[name]["points"].append({"x": x, "gated": oracle is not None, **entry})
+            else:
+                found[name]["stopped"] = f"at {x}: {entry['why']}"
     finally:
         for prepared in ready.values():
             prepared.close()
+
+
+def _made_ready(
+    name: str, problem: Problem, oracle: Oracle | None
+) -> tuple[dict[str, Any], Prepared | None]:
+    """Through the gate where there is one to go through, else warmed up."""
+    if oracle is not None:
+        return admit(name, problem, oracle)
+    try:
+        prepared = peer(name).prepare(problem)
+        prepared.gradient()
+    except Exception as error:
+        return failure(error), None
+    return {"status": "not gated", "why": None}, prepared
+
+
+def wrong(entry: dict[str, Any]) -> str | None:
+    """What the gate said of a peer where it said anything: one wrong point is enough."""
+    return next((p["why"] for p in entry["points"] if p["status"] == "wrong"), None)
 
 
 def _too_much(points: list[dict[str, Any]], x: int, power: int, device: str) -> str | None:
@@ -125,18 +141,22 @@ def _too_much(points: list[dict[str, Any]], x: int, power: int, device: str) -> 
     )
 
 
+def cells(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """One peer's points, slope and end, as text."""
+    points = ", ".join(
+        f"{p['x']}: {number(p['median_ms'])} ({mebibytes(p['peak_bytes'])})"
+        for p in entry["points"]
+    )
+    end = "; ".join(filter(None, [wrong(entry), entry["stopped"]]))
+    return points, number(entry.get("slope")), end
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line per problem and peer: milliseconds and MiB at each value, slope, and the end."""
-    shown = Table("peer", "x: ms (MiB)", "slope", "stopped", title="scaling", title_style="bold")
+    shown = Table("peer", "x: ms (MiB)", "slope", "ends", title="scaling", title_style="bold")
     for row in rows:
         shown.add_section()
         shown.add_row(f"[bold]{row['workload']}[/] {row['method']}", row["axis"], "", "")
         for name, entry in row["peers"].items():
-            points = ", ".join(
-                f"{p['x']}: {number(p['median_ms'])} ({(p['peak_bytes'] or 0) / 2**20:.0f})"
-                for p in entry["points"]
-            )
-            power = "" if entry["slope"] is None else f"{entry['slope']:.2f}"
-            wrong = "wrong; " if entry["status"] == "wrong" else ""
-            shown.add_row(name, points, power, wrong + (entry["stopped"] or ""))
+            shown.add_row(name, *cells(entry))
     return shown

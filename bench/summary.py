@@ -6,7 +6,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from bench.table import TIMED
+
 Key = tuple[Any, ...]
+SOMETIMES = ("peak_bytes", "launches", "compile_s", "replay_ms", "difference")
+OF_ONE_RUN = ("peers", "floors", "took_s", "rounds", "busy_elsewhere")
 
 
 def merged(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -34,10 +38,9 @@ def _key(row: dict[str, Any]) -> Key:
 def _problem(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Sizes, floors (the least of the runs) and per peer what `_peer` says."""
     names = dict.fromkeys(name for row in rows for name in row["peers"])
-    first = {k: v for k, v in rows[0].items() if k not in ("peers", "floors", "took_s")}
+    first = {k: v for k, v in rows[0].items() if k not in OF_ONE_RUN}
     return {
         **first,
-        "runs": len(rows),
         "floor_ms": min(row["floors"]["least_ms"] for row in rows),
         "peers": {
             name: _peer([row["peers"][name] for row in rows if name in row["peers"]])
@@ -50,7 +53,7 @@ def _peer(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Status of the worst run; median time; median ratio and the runs' lowest and highest."""
     last = next((e for e in entries if e["status"] != "ok"), entries[-1])
     merged: dict[str, Any] = {"status": last["status"], "why": last["why"]}
-    timed = [e for e in entries if "median_ms" in e]
+    timed = [e for e in entries if e["status"] in TIMED and "median_ms" in e]
     if not timed:
         return merged
     merged |= {
@@ -58,14 +61,13 @@ def _peer(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "times_floor": statistics.median(e["times_floor"] for e in timed),
         "gate": max(e["gate"]["worst"] for e in timed),
         "wrong_by": max(e["gate"]["whole"] for e in timed),
-        "peak_bytes": _median(e["peak_bytes"] for e in timed),
-        "launches": _median(e["launches"] for e in timed),
-        "compile_s": _median(e["compile_s"] for e in timed),
+        **{key: _median(e.get(key) for e in timed) for key in SOMETIMES},
     }
     ratios = [e["speedup"] for e in timed if "speedup" in e]
     if last["status"] == "ok" and ratios:
         medians = [ratio["median"] for ratio in ratios]
         merged |= {
+            "runs": len(medians),
             "speedup": statistics.median(medians),
             "lowest": min(medians),
             "highest": max(medians),

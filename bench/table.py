@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
-COLUMNS = (
-    "peer", "ms (quartiles)", "times as fast", "x floor", "peak MiB", "launches", "compile s",
-    "gate",
-)  # fmt: skip
+from bench.measure import BUSY_CORES
+
+# Every column, and how wide a terminal has to be to have it.
+COLUMNS = {
+    "peer": 0, "ms (quartiles)": 0, "times as fast": 0, "x floor": 90, "peak MiB": 100,
+    "launches": 112, "compile s": 124, "gate": 0,
+}  # fmt: skip
 TIMED = ("ok", "wrong")
 
 
-def problems(rows: list[dict[str, Any]]) -> Table:
+def problems(rows: list[dict[str, Any]], width: int) -> Table:
     """All rows of a run, one section per problem; whoever failed the gate stands below."""
-    table = Table(*COLUMNS, title="one meta-gradient", title_style="bold")
-    for column in table.columns[1:-1]:
+    shown = [name for name, least in COLUMNS.items() if width >= least]
+    table = Table(*shown, title="one meta-gradient", title_style="bold")
+    for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        floor = row["floors"]["least_ms"]
-        head = f"[bold]{row['workload']}[/] {row['method']}, T {row['tasks']}, K {row['steps']}"
         table.add_section()
-        table.add_row(head, f"{number(floor)}", "", "floor", "", "", "", row["dtype"])
-        peers = sorted(row["peers"].items(), key=lambda item: item[1]["status"] != "ok")
-        for name, entry in peers:
-            table.add_row(*_cells(name, entry))
+        for cells in (_head(row), *map(_peer, _sorted(row))):
+            table.add_row(*(cells.get(name, "") for name in shown))
     return table
 
 
-def _cells(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
+def remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What does not fit into a cell."""
+    for row in rows:
+        what, busy = f"{row['workload']} {row['method']}", row["busy_elsewhere"]
+        if busy is not None and busy > BUSY_CORES:
+            yield f"{what}: unstable, {busy:.1f} cores were busy with other work"
+        for name, entry in row["peers"].items():
+            if entry["why"]:
+                yield f"{what}, {name}: {entry['status']}: {entry['why']}"
+
+
+def _sorted(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(row["peers"].items(), key=lambda item: item[1]["status"] != "ok")
+
+
+def _head(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "peer": f"[bold]{row['workload']} {row['method']}",
+        "ms (quartiles)": f"T {row['tasks']}, K {row['steps']}",
+        "times as fast": f"{row['rounds']} rounds",
+        "x floor": f"{number(row['floors']['least_ms'])} ms",
+        "gate": row["dtype"],
+    }
+
+
+def _peer(named: tuple[str, dict[str, Any]]) -> dict[str, str]:
+    name, entry = named
     if entry["status"] not in TIMED:
-        return name, "", "", "", "", "", "", f"[yellow]{entry['status']}: {entry['why']}"
+        return {"peer": name, "gate": f"[yellow]{entry['status']}"}
+    right = entry["status"] == "ok"
     time = f"{number(entry['median_ms'])} ({number(entry['q1_ms'])}-{number(entry['q3_ms'])})"
-    peak, compile_s = entry["peak_bytes"], entry["compile_s"]
-    return (
-        name,
-        time if entry["status"] == "ok" else f"[dim]{time}",
-        ratio(entry),
-        number(entry["times_floor"]),
-        "" if peak is None else f"{peak / 2**20:.0f}",
-        "" if entry["launches"] is None else str(entry["launches"]),
-        "" if compile_s is None else number(compile_s),
-        f"{entry['gate']['worst']:.0e}" if entry["status"] == "ok" else f"[red]{entry['why']}",
-    )
+    if entry.get("replay_ms") is not None:
+        time += f", replayed {number(entry['replay_ms'])}"
+    return {
+        "peer": name,
+        "ms (quartiles)": time if right else f"[dim]{time}",
+        "times as fast": ratio(entry),
+        "x floor": number(entry["times_floor"]),
+        "peak MiB": mebibytes(entry.get("peak_bytes")),
+        "launches": count(entry.get("launches")),
+        "compile s": number(entry["compile_s"]),
+        "gate": f"{entry['gate']['worst']:.0e}" if right else "[red]wrong",
+    }
 
 
 def ratio(entry: dict[str, Any]) -> str:
@@ -52,12 +81,27 @@ def ratio(entry: dict[str, Any]) -> str:
     if found is None:
         return ""
     if found["unstable"]:
-        return f"~{found['median']:.2g} unstable"
-    return f"{found['median']:.2f} ({found['q1']:.2f}-{found['q3']:.2f})"
+        return f"~{number(found['median'])} unstable"
+    return f"{number(found['median'])} ({number(found['q1'])}-{number(found['q3'])})"
 
 
-def number(value: float) -> str:
-    """Three digits, no exponent."""
+def number(value: float | None) -> str:
+    """Three digits or, of small ones, two; no exponent."""
+    if value is None:
+        return ""
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.{2 if value < 10 else 1}f}"
+    if value >= 0.1 or value == 0:
+        return f"{value:.{1 if value >= 10 else 2}f}"
+    return f"{value:.2g}" if value >= 1e-4 else "<0.0001"
+
+
+def mebibytes(size: float | None) -> str:
+    """Memory, as exactly as it is known."""
+    if size is None:
+        return ""
+    return f"{size / 2**20:,.0f}" if size >= 2**20 else "<1"
+
+
+def count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"

@@ -7,13 +7,12 @@ For ratios use `fastkfo bench`: its rounds are interleaved.
 
 from __future__ import annotations
 
-import pytest
-import torch
+from dataclasses import replace
 
-from bench import gate, selection
-from bench.peers import BY_DEFAULT, peer
-from bench.problem import Problem
-from bench.row import oracle_of
+import pytest
+
+from bench import row, selection
+from bench.peers import BY_DEFAULT
 
 CASES = [
     pytest.param(problem, name, id=f"{problem.workload}-{problem.method}-{name}")
@@ -24,16 +23,10 @@ CASES = [
 
 @pytest.mark.parametrize(("problem", "name"), CASES)
 def test_meta_gradient(benchmark, device, problem, name):
-    problem = Problem.named(problem.workload, problem.method, device=device.type)
-    implementation = peer(name)
-    if reason := implementation.missing() or implementation.declines(problem):
-        pytest.skip(reason)
-    exact = implementation.prepare(problem.to(torch.float64))
-    found = gate.difference(exact.gradient(), oracle_of(problem))
-    exact.close()
-    if not found.passes:
-        pytest.skip(found.text())
-    prepared = implementation.prepare(problem)
+    problem = replace(problem, device=device.type)
+    entry, prepared = row.admit(name, problem, row.Oracle.of(problem))
+    if entry["status"] != "ok":
+        pytest.skip(f"{entry['status']}: {entry['why']}")
     benchmark.group = f"{problem.workload} {problem.method}"
     benchmark.pedantic(prepared.seconds, rounds=5, warmup_rounds=1)
     prepared.close()

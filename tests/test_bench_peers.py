@@ -7,12 +7,13 @@ import torch
 
 import fastkfo
 from bench import gate, replay, row
-from bench.peers import BY_DEFAULT, NAMES, base, learn2learn_peer, peer
+from bench.peers import BY_DEFAULT, NAMES, base, learn2learn_peer, maml_only, peer
 from bench.problem import Problem, named_parameters
 from bench.workloads import METHODS, WORKLOADS
 
 CEILINGS = {"gemm": {"float32": {"gflops": 1.0}, "float64": {"gflops": 1.0}},
             "copy": {"gb_per_s": 1.0}}  # fmt: skip
+NO_ORACLE = row.Oracle({}, 0.0)
 WITHOUT_NORM = ("sine-mlp", "anil-head", "anil-cifarfs")
 
 
@@ -96,16 +97,93 @@ class Transposed:
         return base.InProcess(lambda: learn2learn_peer.loop(problem, None, learner), problem.device)
 
 
+def read_with(monkeypatch, wrong, method):
+    """Entries of a small row with one more peer."""
+    monkeypatch.setattr(row, "peer", lambda name: wrong if name == "wrong" else peer(name))
+    problem = small("anil-head", method, torch.float32)
+    return row.read(problem, ["learn2learn", "fastkfo", "wrong"], 0.0, CEILINGS)["peers"]
+
+
 def test_gate_refuses_a_transposed_factor(monkeypatch):
-    monkeypatch.setattr(row, "peer", lambda name: Transposed() if name == "wrong" else peer(name))
-    problem = small("anil-head", "kfo", torch.float32)
-    entries = row.read(problem, ["learn2learn", "fastkfo", "wrong"], 0.0, CEILINGS)["peers"]
+    entries = read_with(monkeypatch, Transposed(), "kfo")
     assert entries["fastkfo"]["status"] == "ok"
     assert entries["fastkfo"]["speedup"]["median"] > 0
     assert entries["wrong"]["status"] == "wrong"
     assert entries["wrong"]["why"].startswith("wrong by")
+    assert entries["wrong"]["gate"]["worst"] > 1e-3
     assert "speedup" not in entries["wrong"]  # its time is there, set apart
     assert entries["wrong"]["median_ms"] > 0
+
+
+class WrongInFloat32(Transposed):
+    """Right where the gate looks first, wrong in what is timed."""
+
+    def prepare(self, problem):
+        if problem.dtype == torch.float64:
+            return peer("fastkfo").prepare(problem)
+        return super().prepare(problem)
+
+
+class WrongLater(Transposed):
+    """Right at first; what is timed goes wrong as it is called again and again."""
+
+    def prepare(self, problem):
+        prepared = peer("fastkfo").prepare(problem)
+        run, calls = prepared._run, []
+
+        def decays():
+            calls.append(None)
+            return {name: g * (1 if len(calls) < 4 else 1.5) for name, g in run().items()}
+
+        prepared._run = decays
+        return prepared
+
+
+@pytest.mark.parametrize("wrong", [WrongInFloat32, WrongLater])
+def test_what_is_timed_is_gated_too(wrong, monkeypatch):
+    entries = read_with(monkeypatch, wrong(), "kfo")
+    assert entries["wrong"]["gate"]["worst"] < 1e-9
+    assert entries["wrong"]["status"] == "wrong"
+    assert "in the precision that is timed" in entries["wrong"]["why"]
+    assert "speedup" not in entries["wrong"]
+    assert "speedup" in entries["fastkfo"]
+
+
+class FailsAt(Transposed):
+    """Right, until it is asked for this."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def prepare(self, problem):
+        prepared = peer("fastkfo").prepare(problem)
+        if problem.dtype == torch.float32:
+            setattr(prepared, self.what, self.fail)
+        return prepared
+
+    @staticmethod
+    def fail():
+        raise RuntimeError("the worker died")
+
+
+@pytest.mark.parametrize("what", ["seconds", "peak_bytes", "launches"])
+def test_who_fails_later_takes_nobody_along(what, monkeypatch):
+    entries = read_with(monkeypatch, FailsAt(what), "maml")
+    assert entries["wrong"]["status"] == "failed"
+    assert entries["wrong"]["why"] == "RuntimeError: the worker died"
+    assert "speedup" not in entries["wrong"]
+    assert entries["fastkfo"]["speedup"]["median"] > 0
+    assert entries["fastkfo"]["launches"] > 0
+
+
+def test_peak_memory_does_not_depend_on_what_grad_holds():
+    problem = Problem.named("omniglot-fc", "kfo", tasks=1, steps=1, width=1024)
+    prepared = peer("fastkfo").prepare(problem)
+    prepared.gradient()
+    first = prepared.peak_bytes()
+    assert prepared.peak_bytes() == pytest.approx(first, rel=0.1)
+    size = sum(g.nbytes for g in prepared.gradient().values())
+    assert first > size
 
 
 def test_gate_sees_what_the_whole_hides():
@@ -130,18 +208,17 @@ def test_gate_refuses_nan_and_other_parameters():
 
 
 def test_a_peer_that_is_not_installed_is_a_row(monkeypatch):
-    from bench.peers import torchopt_peer
-
-    monkeypatch.setattr(torchopt_peer, "find_spec", lambda name: None)
-    entry, prepared = row.admit("torchopt", small("sine-mlp", "maml"), {})
+    monkeypatch.setattr(maml_only, "find_spec", lambda name: None)
+    entry, prepared = row.admit("torchopt", small("sine-mlp", "maml"), NO_ORACLE)
     assert prepared is None
-    assert entry == {"status": "missing", "why": "torchopt is not installed"}
+    assert entry["status"] == "missing"
+    assert entry["why"].startswith("torchopt is not installed")
 
 
 @pytest.mark.parametrize("name", ["torchopt", "higher"])
 def test_a_peer_without_the_method_is_a_row(name, monkeypatch):
     monkeypatch.setattr(type(peer(name)), "missing", lambda self: None)
-    entry, prepared = row.admit(name, small("sine-mlp", "kfo"), {})
+    entry, prepared = row.admit(name, small("sine-mlp", "kfo"), NO_ORACLE)
     assert prepared is None
     assert entry["status"] == "declines"
     assert "kfo" in entry["why"]
@@ -152,11 +229,11 @@ def test_a_peer_that_fails_is_a_row(monkeypatch):
         def prepare(self, problem):
             raise MemoryError("of this size there is none\nand more")
 
-    monkeypatch.setattr(row, "peer", lambda name: Fails() if name == "fails" else peer(name))
-    problem = small("anil-head", "maml")
-    entries = row.read(problem, ["learn2learn", "fails"], 0.0, CEILINGS)["peers"]
-    assert entries["fails"]["status"] == "out of memory"
-    assert entries["fails"]["why"] == "MemoryError: of this size there is none"
+    entries = read_with(monkeypatch, Fails(), "maml")
+    assert entries["wrong"] == {
+        "status": "out of memory",
+        "why": "MemoryError: of this size there is none",
+    }
     assert entries["learn2learn"]["median_ms"] > 0
 
 

@@ -1,7 +1,9 @@
 """The benchmark's measuring, records, command and report; no reading itself is tested."""
 
 import json
+import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,19 @@ from typer.testing import CliRunner
 
 import fastkfo.cli.bench
 from bench import __main__ as command
-from bench import dispatches, machine, measure, memory, report, scaling, summary
+from bench import (
+    clock,
+    dispatches,
+    machine,
+    measure,
+    memory,
+    report,
+    row,
+    scaling,
+    summary,
+    table,
+)
+from bench.peers import peer, vmap_peer
 from bench.problem import Problem
 from bench.records import Record, load
 from bench.workloads import WORKLOADS
@@ -42,8 +56,33 @@ def test_ratios_are_pair_by_pair():
 
 def test_rounds_for():
     assert measure.rounds_for(10, 1) == 10
-    assert measure.rounds_for(0, 1) == 3
-    assert measure.rounds_for(10, 0) == 40
+    assert measure.rounds_for(0, 1) == measure.LEAST
+    assert measure.rounds_for(0, 10) == measure.FEW  # one of them is long enough
+    assert measure.rounds_for(-5, 0.1) == 20  # whatever the gate took
+    assert measure.rounds_for(10, 0) == measure.MOST
+    assert measure.rounds_for(10, 1, most=2) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells")
+def test_own_work_is_not_elsewhere(monkeypatch):
+    # Of two cores, 1.5 busy; this process 0.9 and its worker 0.4 of them.
+    readings = iter([(0.0, 0.0, 0.0), (10.0, 15.0, 13.0)])
+    monkeypatch.setattr(clock.Elsewhere, "_read", lambda self: next(readings))
+    assert clock.Elsewhere().cores() == pytest.approx(0.2)
+
+
+def test_work_elsewhere_is_measured_and_no_ratio_then_stable(monkeypatch):
+    monkeypatch.setattr(clock.Elsewhere, "cores", lambda self: 0.5)
+    problem = Problem.named("anil-head", "maml", tasks=1, steps=1)
+    row = command.read(problem, ["learn2learn"], 0.0, RATES)
+    assert row["busy_elsewhere"] == 0.5
+    assert row["peers"]["learn2learn"]["speedup"]["unstable"]
+    assert any("0.5 cores were busy" in line for line in table.remarks([row]))
+
+
+def test_seconds_and_cpu_are_read():
+    assert clock.seconds(lambda: None, "cpu") >= 0
+    assert clock.Elsewhere([os.getpid()]).cores() is not None
 
 
 def test_times():
@@ -159,10 +198,38 @@ def test_interrupted_run_leaves_its_finished_rows(invoke, tmp_path, monkeypatch)
     monkeypatch.setattr(command, "read", read)
     result = invoke("--workload", "anil-head", "--method", "maml", "--method", "kfo")
     assert result.exit_code == 130
-    assert "interrupted: the finished rows are in" in result.output
+    assert "interrupted: 1 finished row(s) are in" in result.output
+    assert "anil-head maml" in result.output  # and are shown
     (run,) = only_record(tmp_path)
     assert [row["method"] for row in run["rows"]] == ["maml"]
     assert not run["complete"]
+
+
+def test_interrupted_before_the_first_row(invoke, tmp_path, monkeypatch):
+    def read(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "read", read)
+    result = invoke("--workload", "anil-head")
+    assert result.exit_code == 130
+    assert "nothing was written to" in result.output
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_selections_exclude_each_other(invoke):
+    for options in (["--all", "--readme"], ["--all", "--workload", "anil-head"]):
+        result = invoke(*options)
+        assert result.exit_code == 2
+        assert "expected one of them" in " ".join(result.output.split())
+
+
+def test_learn2learn_is_always_there_and_nobody_twice(invoke, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "read", lambda p, names, *_: asked.append(names) or made_up(p))
+    result = invoke("--workload", "anil-head", "--workload", "anil-head", "--method", "kfo",
+                    "--peer", "vmap", "--peer", "vmap")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert asked == [["learn2learn", "vmap"]]
 
 
 def test_runs_and_sizes(invoke, tmp_path, monkeypatch):
@@ -213,17 +280,12 @@ def test_command_outside_a_checkout(monkeypatch, tmp_path):
 def test_command_hands_over_its_options(monkeypatch):
     called = []
 
-    class Done:
-        returncode = 3
-
-    monkeypatch.setattr(
-        fastkfo.cli.bench.subprocess, "run", lambda words, **kw: called.append((words, kw)) or Done
-    )
-    result = CliRunner().invoke(fastkfo_app, ["bench", "--peer", "vmap", "--help"])
-    assert result.exit_code == 3
-    ((words, kw),) = called
+    monkeypatch.setattr(fastkfo.cli.bench.os, "execve", lambda *words: called.append(words))
+    CliRunner().invoke(fastkfo_app, ["bench", "--peer", "vmap", "--help"])
+    ((program, words, environment),) = called
+    assert program == sys.executable
     assert words == [sys.executable, "-m", "bench", "--peer", "vmap", "--help"]
-    assert kw["env"]["PYTHONPATH"].startswith(str(ROOT))
+    assert environment["PYTHONPATH"].startswith(str(ROOT))
 
 
 # -- several runs, and the report
@@ -234,7 +296,8 @@ def made_up(problem, learn2learn=10.0, fastkfo=5.0):
         return {
             "status": "ok", "why": None, "gate": {"worst": 1e-15, "whole": 1e-16},
             "difference": 1e-7, "compile_s": None, "samples_s": [ms / 1e3] * 3, "median_ms": ms,
-            "q1_ms": ms, "q3_ms": ms, "times_floor": ms, "peak_bytes": 1 << 20, "launches": 7,
+            "q1_ms": ms, "q3_ms": ms, "times_floor": ms, "peak_bytes": 1 << 20,
+            "launches": 7, "replay_ms": None,
             "speedup": {"median": ratio, "q1": ratio, "q3": ratio, "unstable": False},
         }  # fmt: skip
 
@@ -244,7 +307,7 @@ def made_up(problem, learn2learn=10.0, fastkfo=5.0):
     return {
         "workload": problem.workload, "method": problem.method, "tasks": problem.tasks,
         "steps": problem.steps, "width": problem.width, "dtype": "float32", "device": "cpu",
-        "floors": {"least_ms": 1.0}, "took_s": 1.0,
+        "floors": {"least_ms": 1.0}, "took_s": 1.0, "rounds": 7, "busy_elsewhere": 0.0,
         "peers": {
             "learn2learn": entry(learn2learn, 1.0),
             "fastkfo": entry(fastkfo, learn2learn / fastkfo),
@@ -256,14 +319,14 @@ def made_up(problem, learn2learn=10.0, fastkfo=5.0):
 
 def made_up_runs():
     problem = Problem.named("anil-head", "kfo")
-    about = {"environment": machine.environment("cpu"), "ceilings": RATES}
+    about = {"environment": machine.environment("cpu"), "ceilings": RATES, "complete": True}
     return [{**about, "rows": [made_up(problem, fastkfo=ms)]} for ms in (5.0, 4.0, 2.5)]
 
 
 def test_spread_over_runs():
     (row,) = summary.merged(made_up_runs())
-    assert row["runs"] == 3
     ours = row["peers"]["fastkfo"]
+    assert ours["runs"] == 3
     assert (ours["lowest"], ours["speedup"], ours["highest"]) == (2.0, 2.5, 4.0)
     assert "speedup" not in row["peers"]["vmap"]
     assert row["peers"]["jax"] == {"status": "missing", "why": "jax is not installed"}
@@ -279,20 +342,49 @@ def test_one_wrong_run_is_wrong():
 
 
 def test_table_says_who_is_wrong_and_who_is_missing():
-    table = report.quoted(made_up_runs())
-    assert "4.00 ms, **2.50x (2.00-4.00)**" in table
-    assert "wrong by 1e-03 (2.00 ms)" in table
-    assert "| missing |" in table
+    quoted = report.quoted(made_up_runs())
+    assert "4.00 ms, **2.50x (2.00-4.00)**" in quoted
+    assert "wrong by 1e-03 (2.00 ms)" in quoted
+    assert "| missing |" in quoted
     page = report.page("machine", {"name": made_up_runs()})
     assert "missing: jax is not installed" in page
     assert "wrong by 1e-03, w by 4e+00" in page
+
+
+def test_one_run_has_no_spread():
+    quoted = report.quoted(made_up_runs()[:1])
+    assert "**2.00x (one run)**" in quoted
+    runs = made_up_runs()
+    runs[0]["complete"] = False
+    assert "## name (cut short)" in report.page("machine", {"name": runs})
+
+
+def test_other_sizes_are_named():
+    problem = Problem.named("anil-head", "kfo", width=32)
+    runs = made_up_runs()
+    runs[0]["rows"].append(made_up(problem) | {"dtype": "float64"})
+    assert "`anil-head` T 16, K 5, width 32, float64" in report.quoted(runs)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (312.4, "312"), (41.23, "41.2"), (2.104, "2.10"),
+                        (0.0123, "0.012"), (1e-9, "<0.0001"), (0, "0.00"), (12345.6, "12,346")]
+)  # fmt: skip
+def test_numbers_have_no_exponent(value, text):
+    assert table.number(value) == text
+
+
+def test_narrow_terminals_have_fewer_columns():
+    rows = made_up_runs()[0]["rows"]
+    assert len(table.problems(rows, 200).columns) == len(table.COLUMNS)
+    assert len(table.problems(rows, 80).columns) == 4
 
 
 def test_readme_is_what_the_records_say():
     """One command makes the README's table; nobody edits it."""
     text = (ROOT / "README.md").read_text()
     inside = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    quoting = list((ROOT / "bench/results").glob(f"*/{report.QUOTED}.json"))
+    quoting = list((ROOT / "bench/results").glob(f"*/{report.README}.json"))
     assert inside in [report.quoted(load(path)).strip() for path in quoting]
 
 
@@ -306,22 +398,61 @@ def test_slope():
     assert scaling.slope([(1, 1), (2, 2)]) is None
 
 
-def test_sweep(monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
     monkeypatch.setitem(scaling.AXES, "tasks", ((1, 2, 3, 4), 1))
-    monkeypatch.setattr(
-        scaling,
-        "_too_much",
-        lambda points, x, power, device: (
-            ("would not fit" if x == 4 and points[-1]["x"] == 3 else None) if points else None
-        ),
-    )
-    problem = Problem.named("anil-head", "maml", steps=1)
-    row = scaling.read(problem, "tasks", ["learn2learn", "torchopt", "vmap"], 0.0, RATES)
+    monkeypatch.setitem(scaling.AXES, "steps", ((1, 2), 1))
+
+
+def swept(axis, names, method="maml", until=float("inf"), **sizes):
+    problem = Problem.named("anil-head", method, width=8, **sizes)
+    return list(scaling.read(problem, axis, names, until))
+
+
+def test_sweep(short, monkeypatch):
+    monkeypatch.setattr(scaling, "_too_much", lambda points, x, power, device: (
+        "would not fit" if x == 4 else None))  # fmt: skip
+    row = swept("tasks", ["learn2learn", "torchopt", "vmap"], steps=1)[-1]
     vmap = row["peers"]["vmap"]
     assert [point["x"] for point in vmap["points"]] == [1, 2, 3]
+    assert all(point["gated"] for point in vmap["points"])
     assert vmap["stopped"] == "would not fit"
     assert vmap["slope"] is not None
-    assert "learn2learn" in str(scaling.table([row]).columns[0]._cells)
+    assert "would not fit" in scaling.cells(vmap)[2]
+    assert scaling.table([row]).row_count == 4
+
+
+def test_sweep_is_on_disk_after_every_point(invoke, tmp_path, short, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Record, "replace", lambda self, row: kept.append(row) or self._write())
+    result = invoke("--sweep", "steps", "--workload", "anil-head", "--method", "maml", "--peer",
+                    "vmap", "--width", "8")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert kept
+    ((row,),) = [run["rows"] for run in only_record(tmp_path)]
+    assert [point["x"] for point in row["peers"]["vmap"]["points"]] == [1, 2]
+
+
+def test_sweep_out_of_time(short):
+    row = swept("tasks", ["learn2learn"], until=0.0, steps=1)[-1]
+    assert row["peers"]["learn2learn"]["stopped"] == "out of time before 1"
+
+
+@pytest.mark.parametrize(
+    ("axis", "method", "old", "new"),
+    [("tasks", "maml", ").sum()", ").mean()"), ("steps", "kfo-adapt", "f + lr**2", "f - lr**2")],
+)
+def test_sweep_gates_where_it_is_wrong(axis, method, old, new, short, monkeypatch):
+    """At one task a mean is the sum, and in one step φ does not move: later points show it."""
+    source = Path(vmap_peer.__file__).read_text()
+    assert old in source
+    wrong = types.ModuleType("wrong")
+    exec(source.replace(old, new), vars(wrong))
+    monkeypatch.setattr(row, "peer", lambda name: wrong.PEER if name == "vmap" else peer(name))
+    found = swept(axis, ["learn2learn", "vmap"], method)[-1]["peers"]
+    assert found["vmap"]["points"][0]["status"] == "ok"
+    assert scaling.wrong(found["vmap"]).startswith("wrong by")
+    assert scaling.wrong(found["learn2learn"]) is None
 
 
 def test_sweep_ends_before_it_does_not_fit():

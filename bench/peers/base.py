@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-
-from bench import dispatches, memory
+from bench import clock, dispatches, memory
 from bench.problem import Gradient, Problem
 
 
@@ -17,9 +14,13 @@ class Prepared(Protocol):
 
     Attributes:
         compile_s: seconds that compiling took; None where nothing is compiled.
+        pid: of the process that works, if it is another one.
+        capturable: what a CUDA graph may record, or None.
     """
 
     compile_s: float | None
+    pid: int | None
+    capturable: Callable[[], Gradient] | None
 
     def gradient(self) -> Gradient:
         """Computes the meta-gradient, on the CPU when it comes back."""
@@ -52,14 +53,37 @@ class Peer(Protocol):
         """Makes ready, compiles."""
 
 
+class Whole:
+    """Of a peer that is part of PyTorch or of this repository, and can do every problem."""
+
+    def missing(self) -> str | None:
+        return None
+
+    def declines(self, problem: Problem) -> str | None:
+        return None
+
+
 class InProcess:
-    """A `Prepared` around a function of PyTorch in this process."""
+    """A `Prepared` around a function of PyTorch in this process.
+
+    Args:
+        run: computes the gradient.
+        device: "cpu" or "cuda".
+        compile_s: seconds that compiling took.
+        release: lets go of what the last call left behind, `.grad` for example.
+    """
 
     def __init__(
-        self, run: Callable[[], Gradient], device: str, compile_s: float | None = None
+        self,
+        run: Callable[[], Gradient],
+        device: str,
+        compile_s: float | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = run
+        self._release = release
         self._device = device
+        self.pid: int | None = None
         self.capturable = run if device == "cuda" else None
         self.compile_s = compile_s
 
@@ -67,22 +91,15 @@ class InProcess:
         return {name: g.detach().cpu().clone() for name, g in self._run().items()}
 
     def seconds(self) -> float:
-        if self._device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self._run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-        begin = time.perf_counter()
-        self._run()
-        return time.perf_counter() - begin
+        return clock.seconds(self._run, self._device)
 
     def peak_bytes(self) -> int | None:
+        self._release()  # else what a peer still holds would be missing from its growth
         return memory.peak_bytes(self._run, self._device)
 
     def launches(self) -> int | None:
         return dispatches.count(self._run, self._device)
 
     def close(self) -> None:
+        self._release()
         self._run = dict

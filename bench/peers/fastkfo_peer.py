@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import fastkfo
-from bench.peers.base import InProcess
+from bench.peers.base import InProcess, Whole
 from bench.peers.learn2learn_peer import prepared
 from bench.problem import Problem
 
 
-class Fastkfo:
+class Fastkfo(Whole):
     name = "fastkfo"
-
-    def missing(self) -> str | None:
-        return None
-
-    def declines(self, problem: Problem) -> str | None:
-        return None
 
     def prepare(self, problem: Problem) -> InProcess:
         return prepared(problem, fastkfo)

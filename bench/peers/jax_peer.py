@@ -39,7 +39,7 @@ class Jax:
 
     def missing(self) -> str | None:
         absent = [name for name in ("jax", "jaxlib") if find_spec(name) is None]
-        return f"{' and '.join(absent)} not installed" if absent else None
+        return f"{' and '.join(absent)} not installed; `pip install jax`" if absent else None
 
     def declines(self, problem: Problem) -> str | None:
         if problem.device == "cuda" and not any(find_spec(name) for name in GPU_PLUGINS):
@@ -66,7 +66,8 @@ class JaxPrepared:
     def __init__(self, job: dict[str, Any], timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._process, self._connection, self._output = _start(job["device"])
-        self.pid = self._process.pid
+        self.pid: int | None = self._process.pid
+        self.capturable = None
         # Also at the interpreter's exit, or when this is dropped without a close.
         self._end = weakref.finalize(self, _end, self._process, self._connection, self._output)
         try:

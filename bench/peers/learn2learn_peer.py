@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers.base import InProcess
-from bench.problem import Gradient, Problem, gradient_of, named_parameters
+from bench.problem import Gradient, Problem, clear_gradients, gradient_of
 
 
 def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient:
     """One task after the other; the gradients of the sum of the query losses."""
-    for _, p in named_parameters(features, learner):
-        p.grad = None
+    clear_gradients(features, learner)
     for x_s, y_s, x_q, y_q in zip(*problem.data, strict=True):
         x_s, x_q = seen(features, x_s, x_q)
         clone = learner.clone()
@@ -35,7 +34,11 @@ def seen(features: nn.Module | None, x_s: Tensor, x_q: Tensor) -> tuple[Tensor, 
 def prepared(problem: Problem, l2l: Any) -> InProcess:
     """The loop on one library."""
     features, learner = problem.features(), problem.learner(l2l)
-    return InProcess(lambda: loop(problem, features, learner), problem.device)
+    return InProcess(
+        lambda: loop(problem, features, learner),
+        problem.device,
+        release=lambda: clear_gradients(features, learner),
+    )
 
 
 class Learn2learn:
@@ -44,7 +47,7 @@ class Learn2learn:
     def missing(self) -> str | None:
         try:
             self._library()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, RuntimeError) as error:
             return str(error).partition(" Get it")[0] + " `make bench` fetches it."
         return None
 
@@ -56,9 +59,9 @@ class Learn2learn:
 
     @staticmethod
     def _library() -> Any:
-        from tests.oracle import learn2learn
+        from tests.oracle import load
 
-        return learn2learn()
+        return load()
 
 
 PEER = Learn2learn()

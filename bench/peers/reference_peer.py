@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from bench.peers.base import InProcess
+from bench.peers.base import InProcess, Whole
 from bench.problem import Functional, Gradient, Problem
 from fastkfo.reference.loop import meta_gradient
 
 
-class Reference:
+class Reference(Whole):
     name = "reference"
-
-    def missing(self) -> str | None:
-        return None
-
-    def declines(self, problem: Problem) -> str | None:
-        return None
 
     def prepare(self, problem: Problem) -> InProcess:
         form = Functional(problem)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
-from bench.peers.base import InProcess
+from bench.peers.base import InProcess, Whole
 from bench.problem import Functional, Gradient, Problem
 from fastkfo.reference.loop import call
 from fastkfo.reference.transforms import Phi, flatten, like, update
@@ -22,14 +22,8 @@ from fastkfo.reference.transforms import Phi, flatten, like, update
 State = dict[str, Tensor]
 
 
-class Vmap:
+class Vmap(Whole):
     name = "vmap"
-
-    def missing(self) -> str | None:
-        return None
-
-    def declines(self, problem: Problem) -> str | None:
-        return None
 
     def prepare(self, problem: Problem) -> InProcess:
         run = meta_gradient(problem)

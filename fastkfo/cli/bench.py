@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def bench(context: typer.Context) -> None:
     options.
 
     Raises:
-        Exit: With the benchmark's exit code; 1 and a message if there is no checkout.
+        Exit: With 1 and a message if there is no checkout.
     """
     root = Path(fastkfo.__file__).resolve().parent.parent
     if not (root / "bench" / "__main__.py").is_file():
@@ -32,9 +31,6 @@ def bench(context: typer.Context) -> None:
         )
         raise typer.Exit(1)
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *context.args],
-        env=os.environ | {"PYTHONPATH": path},  # not cwd: paths given are relative to the user's
-        check=False,
-    )
-    raise typer.Exit(done.returncode)
+    # Not with the root as its folder: paths given are relative to the user's.
+    words = [sys.executable, "-m", "bench", *context.args]
+    os.execve(sys.executable, words, os.environ | {"PYTHONPATH": path})
