@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,12 @@ UNSTABLE = 0.25
 # Nor is any from a row during which more cores than this were at other work: it slows down whoever
 # uses all cores, in every round alike.
 BUSY_CORES = 0.15
-LEAST, FEW, MOST = 7, 3, 40  # rounds; few where one is long
+LEAST, FEW, MOST = 7, 3, 25  # rounds; few where one is long
 LONG_S = 3.0
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Time every run once per round, in turn, so that a noisy moment meets all of them.
+    """Time every run once per round, in random order, so that a noisy moment meets all of them.
 
     Args:
         runs: each does its work once and returns the seconds that took; all are warm.
@@ -26,11 +27,10 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
         Seconds, one number per round, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for round_ in range(rounds):
-        # Whoever comes after a large one finds cold caches: not always the same.
-        first = round_ % max(1, len(names))
-        for name in names[first:] + names[:first]:
+    order, names = random.Random(0), list(runs)
+    for _ in range(rounds):
+        order.shuffle(names)  # else the same one would always find what another left of the caches
+        for name in names:
             samples[name].append(runs[name]())
     return samples
 

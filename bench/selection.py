@@ -21,7 +21,6 @@ QUOTED = (
     *(("anil-head", method) for method in ("maml", "kfo", "kfo-adapt")),
     *(("omniglot-cnn", method) for method in ("maml", "kfo", "kfo-adapt")),
     ("cifarfs-cnn-2", "kfo"),
-    ("anil-cifarfs", "kfo"),
 )
 
 

@@ -30,6 +30,8 @@ from bench.workloads import METHODS, WORKLOADS
 from fastkfo.reference.loop import Factors, adapt
 from fastkfo.reference.transforms import Curvature, kronecker, update
 
+pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
+
 SMALL = {"sine-mlp": 6, "anil-head": 8, "omniglot-fc": 16, "omniglot-cnn": 6}
 FAMILIES = [name for name in WORKLOADS if name != "miniimagenet-cnn4-5shot"]  # that of one shot
 LR = 0.3

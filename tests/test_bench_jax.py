@@ -24,6 +24,8 @@ from fastkfo.vision import models
 jax = pytest.importorskip("jax")
 jax_worker = pytest.importorskip("bench.peers.jax_worker")
 
+pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
+
 PEER = peer("jax")
 
 

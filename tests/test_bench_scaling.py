@@ -1,0 +1,91 @@
+"""The benchmark's sweeps."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from bench import row, scaling
+from bench.peers import peer, vmap_peer
+from bench.problem import Problem
+from bench.records import Record
+from tests.bench_rows import invoke, only_record
+
+pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
+
+__all__ = ["invoke"]
+
+
+def test_slope():
+    points = [(2.0**k, 5 + 3 * 2.0**k) for k in range(10)]
+    assert scaling.slope(points) == pytest.approx(1, abs=0.05)
+    assert scaling.slope([(k, k**2) for k in range(1, 6)]) == pytest.approx(2)
+    assert scaling.slope([(1, 1), (2, 2)]) is None
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setitem(scaling.AXES, "tasks", ((1, 2, 3, 4), 1))
+    monkeypatch.setitem(scaling.AXES, "steps", ((1, 2), 1))
+
+
+def swept(axis, names, method="maml", until=float("inf"), **sizes):
+    problem = Problem.named("anil-head", method, width=8, **sizes)
+    return list(scaling.read(problem, axis, names, until))
+
+
+def test_sweep(short, monkeypatch):
+    monkeypatch.setattr(scaling, "_too_much", lambda points, x, power, device: (
+        "would not fit" if x == 4 else None))  # fmt: skip
+    found = swept("tasks", ["learn2learn", "torchopt", "vmap"], steps=1)[-1]
+    vmap = found["peers"]["vmap"]
+    assert [point["x"] for point in vmap["points"]] == [1, 2, 3]
+    assert all(point["gated"] for point in vmap["points"])
+    assert vmap["stopped"] == "would not fit"
+    assert vmap["slope"] is not None
+    assert "would not fit" in scaling.cells(vmap)[2]
+    assert scaling.table([found]).row_count == 4
+
+
+def test_sweep_is_on_disk_after_every_point(invoke, tmp_path, short, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Record, "replace", lambda self, row: kept.append(row) or self._write())
+    result = invoke("--sweep", "steps", "--workload", "anil-head", "--method", "maml", "--peer",
+                    "vmap", "--width", "8")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert kept
+    ((kept_row,),) = [run["rows"] for run in only_record(tmp_path)]
+    assert [point["x"] for point in kept_row["peers"]["vmap"]["points"]] == [1, 2]
+
+
+def test_sweep_out_of_time(short):
+    found = swept("tasks", ["learn2learn"], until=0.0, steps=1)[-1]
+    assert found["peers"]["learn2learn"]["stopped"] == "out of time before 1"
+
+
+@pytest.mark.parametrize(
+    ("axis", "method", "old", "new"),
+    [("tasks", "maml", ").sum()", ").mean()"), ("steps", "kfo-adapt", "f + lr**2", "f - lr**2")],
+)
+def test_sweep_gates_where_it_is_wrong(axis, method, old, new, short, monkeypatch):
+    """At one task a mean is the sum, and in one step φ does not move: later points show it."""
+    source = Path(vmap_peer.__file__).read_text()
+    assert old in source
+    wrong = types.ModuleType("wrong")
+    exec(source.replace(old, new), vars(wrong))
+    monkeypatch.setattr(row, "peer", lambda name: wrong.PEER if name == "vmap" else peer(name))
+    found = swept(axis, ["learn2learn", "vmap"], method)[-1]["peers"]
+    assert found["vmap"]["points"][0]["status"] == "ok"
+    assert scaling.wrong(found["vmap"]).startswith("wrong by")
+    assert scaling.wrong(found["learn2learn"]) is None
+
+
+def test_sweep_ends_before_it_does_not_fit():
+    def point(ms, size):
+        return [{"x": 2, "median_ms": ms, "peak_bytes": size}]
+
+    assert scaling._too_much([], 4, 1, "cpu") is None
+    assert scaling._too_much(point(1.0, 1 << 20), 4, 1, "cpu") is None
+    assert "a call would take about 40 s" in scaling._too_much(point(2e4, 0), 4, 1, "cpu")
+    assert "GiB" in scaling._too_much(point(1.0, 1 << 50), 4, 1, "cpu")
+    assert scaling._too_much(point(1.0, 1 << 50), 4, 1, "cuda") is None
