@@ -19,7 +19,7 @@ DRAWN = ("ok", "wrong")
 
 def peers(rows: list[dict[str, Any]], path: Path) -> None:
     """Milliseconds of every peer per problem, the floor as a line; hatched where wrong."""
-    figure, axis = plt.subplots(figsize=(9, 3.6))
+    figure, axis = plt.subplots(figsize=(11, 3.8))
     names = [n for n in NAMES if any("ms" in row["peers"].get(n, {}) for row in rows)]
     width = 0.84 / len(names)
     for at, row in enumerate(rows):
@@ -38,7 +38,7 @@ def peers(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylabel("ms per meta-gradient")
     axis.set_xticks(
         range(len(rows)),
-        [f"{row['workload']}\n{row['method']}, T {row['tasks']}, K {row['steps']}" for row in rows],
+        [f"{row['method']}\n{row['workload']}" for row in rows],
         fontsize=8,
     )
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]

@@ -92,10 +92,10 @@ def _cell(name: str, peer: dict[str, Any] | None) -> str:
         return str(peer["status"])
     time = f"{number(peer['ms'])} ms"
     if peer["status"] == "wrong":
-        return f"wrong by {peer['wrong_by']:.0e} ({time})"
+        return f"wrong by {number(100 * peer['wrong_by'])} % ({time})"
     if name == ORACLE or "speedup" not in peer:
         return time
-    return f"{time}, **{_times(peer)}**"
+    return f"{time}, **{_times(peer)}**" if name == "fastkfo" else f"{time}, {_times(peer)}"
 
 
 def _times(peer: dict[str, Any]) -> str:

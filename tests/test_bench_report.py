@@ -35,7 +35,7 @@ def test_one_wrong_run_is_wrong():
 def test_table_says_who_is_wrong_and_who_is_missing():
     quoted = report.quoted(made_up_runs())
     assert "4.00 ms, **2.50x (2.00-4.00)**" in quoted
-    assert "wrong by 1e-03 (2.00 ms)" in quoted
+    assert "wrong by 0.10 % (2.00 ms)" in quoted
     assert "| missing |" in quoted
     page = report.page("machine", {"name": made_up_runs()})
     assert "missing: jax is not installed" in page
