@@ -71,8 +71,11 @@ def scaling(runs: list[dict[str, Any]], path: Path) -> None:
             memory.plot(x, held, **look)
             if peer["stopped"]:
                 time.plot(x[-1], peer["points"][-1]["median_ms"], "x", color=COLOURS[name], ms=9)
+        ticks = sorted({p["x"] for peer in row["peers"].values() for p in peer["points"]})
         for panel, unit in ((time, "ms"), (memory, "MiB")):
             panel.set(xscale="log", yscale="log", xlabel=row["axis"], ylabel=unit)
+            panel.set_xticks(ticks, [str(x) for x in ticks])
+            panel.set_xticks([], minor=True)
             panel.set_title(f"{row['workload']} {row['method']}", fontsize=9)
             panel.spines[["top", "right"]].set_visible(False)
         time.legend(frameon=False, fontsize=7)

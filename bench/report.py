@@ -116,6 +116,7 @@ def page(machine: str, records: dict[str, list[dict[str, Any]]]) -> str:
             parts.append(_full(rows))
         sweeps = [row for run in runs for row in run["rows"] if "axis" in row]
         if sweeps:
+            parts.append(f"![{name}](../../../docs/images/{name}-{machine}.png)")
             parts.append(_sweeps(sweeps))
     return "\n\n".join(parts) + "\n"
 
