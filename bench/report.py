@@ -101,9 +101,8 @@ def _cell(name: str, peer: dict[str, Any] | None) -> str:
 def _times(peer: dict[str, Any]) -> str:
     """`2.10x (2.05-2.20)`: the median run, and the lowest and the highest."""
     low, middle, high = (number(peer[k]) for k in ("lowest", "speedup", "highest"))
-    if peer["unstable"]:
-        return f"about {middle}x, unstable"
-    return f"{middle}x ({low}-{high})" if peer["runs"] > 1 else f"{middle}x (one run)"
+    spread = f"{low}-{high}" if peer["runs"] > 1 else "one run"
+    return f"~{middle}x ({spread}, unstable)" if peer["unstable"] else f"{middle}x ({spread})"
 
 
 def page(machine: str, records: dict[str, list[dict[str, Any]]]) -> str:

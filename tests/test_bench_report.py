@@ -50,6 +50,12 @@ def test_one_run_has_no_spread():
     assert "## name (cut short)" in report.page("machine", {"name": runs})
 
 
+def test_one_unstable_run_is_said_and_the_spread_with_it():
+    runs = made_up_runs()
+    runs[1]["rows"][0]["peers"]["fastkfo"]["speedup"]["unstable"] = True
+    assert "**~2.50x (2.00-4.00, unstable)**" in report.quoted(runs)
+
+
 def test_other_sizes_are_named():
     problem = Problem.named("anil-head", "kfo", width=32)
     runs = made_up_runs()
