@@ -54,7 +54,7 @@ def read(
         about = compare(entries, ready, seconds - (time.perf_counter() - begin))
         for name in list(ready):
             tell(f"{problem.label}: memory and launches of {name}")
-            _guarded(name, entries, ready, partial(_rest, entry=entries[name], oracle=oracle))
+            guarded(name, entries, ready, partial(_rest, entry=entries[name], oracle=oracle))
     finally:
         for prepared in ready.values():
             prepared.close()
@@ -164,7 +164,7 @@ def compare(
     """
 
     def once(name: str) -> float:
-        return _guarded(name, entries, ready, lambda prepared: prepared.seconds()) or 0.0
+        return guarded(name, entries, ready, lambda prepared: prepared.seconds()) or 0.0
 
     rounds = measure.rounds_for(seconds, sum(once(name) for name in list(ready)), most)
     others = clock.Elsewhere([p.pid for p in ready.values() if p.pid is not None])
@@ -183,7 +183,7 @@ def _is_baseline(entry: dict[str, Any] | None) -> bool:
     return entry is not None and entry["status"] == "ok" and "samples_s" in entry
 
 
-def _guarded(
+def guarded(
     name: str, entries: Entries, ready: dict[str, Prepared], run: Callable[[Prepared], Any]
 ) -> Any:
     """Runs; whoever fails is out, keeps what the gate said, and takes nobody along."""

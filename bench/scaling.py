@@ -7,15 +7,17 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from bench import memory
 from bench.peers import peer
 from bench.peers.base import Prepared
 from bench.problem import Problem
-from bench.row import Oracle, Tell, admit, compare, failure
+from bench.row import Oracle, Tell, admit, compare, failure, guarded
 from bench.table import mebibytes, number
 
 ROUNDS = 5
@@ -61,7 +63,7 @@ def read(
         tell(f"{here.label}: {', '.join(n for n in names if not found[n]['stopped'])}")
         begin = time.monotonic()
         affordable = oracle_s * (x / last_x) ** power < GATE_S
-        oracle = Oracle.of(here) if affordable else None
+        oracle = _oracle(here) if affordable else None
         oracle_s, last_x = time.monotonic() - begin if oracle else math.inf, x
         _point(here, x, power, oracle, found)
         for entry in found.values():
@@ -96,14 +98,26 @@ def _point(
                     ready[name] = prepared
         compare(entries, ready, 0.0, most=ROUNDS)
         for name, entry in entries.items():
+            guarded(name, entries, ready, partial(_read_peak, entry=entry))
             if name in ready:
-                entry["peak_bytes"] = ready[name].peak_bytes()
                 found[name]["points"].append({"x": x, "gated": oracle is not None, **entry})
             else:
                 found[name]["stopped"] = f"at {x}: {entry['why']}"
     finally:
         for prepared in ready.values():
             prepared.close()
+
+
+def _read_peak(prepared: Prepared, entry: dict[str, Any]) -> None:
+    entry["peak_bytes"] = prepared.peak_bytes()
+
+
+def _oracle(problem: Problem) -> Oracle | None:
+    """None where it cannot be computed: the point is then not gated, and says so."""
+    try:
+        return Oracle.of(problem)
+    except (MemoryError, torch.OutOfMemoryError):
+        return None
 
 
 def _made_ready(
@@ -136,9 +150,7 @@ def _too_much(points: list[dict[str, Any]], x: int, power: int, device: str) -> 
     needed = (last["peak_bytes"] or 0) * growth
     if device == "cpu" and needed > SHARE_OF_MEMORY * memory.available():
         return f"at {x} it would need about {needed / 2**30:.0f} GiB"
-    return (
-        None  # on CUDA running out of memory is an error that can be caught, not a killed process
-    )
+    return None  # on CUDA, running out of memory is an error that can be caught
 
 
 def cells(entry: dict[str, Any]) -> tuple[str, str, str]:

@@ -38,7 +38,8 @@ def remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{what}: unstable, {busy:.1f} cores were busy with other work"
         for name, entry in row["peers"].items():
             if entry["why"]:
-                yield f"{what}, {name}: {entry['status']}: {entry['why']}"
+                said = "" if entry["status"] == "wrong" else f"{entry['status']}: "
+                yield f"{what}, {name}: {said}{entry['why']}"
 
 
 def _sorted(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import row, scaling
-from bench.peers import peer, vmap_peer
+from bench.peers import base, peer, vmap_peer
 from bench.problem import Problem
 from bench.records import Record
 from tests.bench_rows import invoke, only_record
@@ -56,6 +56,16 @@ def test_sweep_is_on_disk_after_every_point(invoke, tmp_path, short, monkeypatch
     assert kept
     ((kept_row,),) = [run["rows"] for run in only_record(tmp_path)]
     assert [point["x"] for point in kept_row["peers"]["vmap"]["points"]] == [1, 2]
+
+
+def test_sweep_ends_who_fails_at_reading_memory(short, monkeypatch):
+    def fail(self):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(base.InProcess, "peak_bytes", fail)
+    entry = swept("steps", ["learn2learn"])[-1]["peers"]["learn2learn"]
+    assert entry["points"] == []
+    assert "no more" in entry["stopped"]
 
 
 def test_sweep_out_of_time(short):
