@@ -7,6 +7,7 @@ and `vision.models`.
 from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
+from fastkfo.inner_loop import BatchedLearner, InnerLoop, per_task
 from fastkfo.kernels.selector import ImplementationUnavailable
 from fastkfo.utils import (
     accuracy,
@@ -23,7 +24,9 @@ from fastkfo.utils import (
 )
 
 __all__ = [
+    "BatchedLearner",
     "ImplementationUnavailable",
+    "InnerLoop",
     "__version__",
     "accuracy",
     "algorithms",
@@ -39,6 +42,7 @@ __all__ = [
     "magic_box",
     "nn",
     "optim",
+    "per_task",
     "update_module",
     "utils",
     "vision",

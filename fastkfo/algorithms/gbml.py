@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import check_module
 from fastkfo.functional.checks import finite
+from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.differentiate import gradients
 from fastkfo.optim.fused import updated_parameters
@@ -88,25 +90,36 @@ class GBML(nn.Module):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
         adapt_transform: bool | None = None,
-    ) -> GBML:
-        """A learner for one task, whose parameters and transform lead back to this one's.
+        *,
+        tasks: int | None = None,
+        buffers: str = "shared",
+    ) -> Any:
+        """A learner for one task, or for T at once, whose parameters lead back to this one's.
 
         Args:
             first_order: the clone's option; None takes this learner's.
             allow_unused: likewise.
             allow_nograd: likewise.
             adapt_transform: likewise.
+            tasks: T; then the clone is a `BatchedLearner`, with a task axis in front of everything.
+            buffers: for a batched clone, what becomes of batch norms' running statistics: "shared",
+                "frozen" or "per_task".
 
         Returns:
-            The clone. It has not been adapted, whatever this learner has.
+            The clone, a GBML or a BatchedLearner. It has not been adapted, whatever this learner
+            has.
 
         Raises:
-            TypeError: the model has been compiled.
+            TypeError: the model has been compiled, or `tasks` is no int.
+            ValueError: `tasks` is below 1, or this learner's step cannot be taken for several tasks.
 
         A clone keeps `LᵀL` of its factors from step to step. It notices when they are changed in
         place, but not through `.data`, which leaves no trace. Like every tensor with a graph, a
         clone can be pickled but not deep-copied, until `detach_module` has cut it off.
         """
+        if tasks is not None:
+            rule = self.rule(first_order, allow_unused, allow_nograd, adapt_transform)
+            return BatchedLearner(rule, tasks, buffers)
         clone = GBML.__new__(GBML)
         nn.Module.__init__(clone)
         # Runs once per task: nn.Module's own attribute writes would cost more than the clones.
@@ -130,6 +143,24 @@ class GBML(nn.Module):
             diff_sgd=self.diff_sgd if self.diff_sgd.lr is lr else DifferentiableSGD(lr),
         )
         return clone
+
+    def rule(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        adapt_transform: bool | None = None,
+    ) -> Rule:
+        """How clones adapt, in the form that batched learners and `InnerLoop` take."""
+        return Rule(
+            module=self.module,
+            compute_update=self.compute_update,
+            lr=self.lr,
+            first_order=_default(first_order, self.first_order),
+            adapt_transform=_default(adapt_transform, self.adapt_transform),
+            allow_unused=_default(allow_unused, self.allow_unused),
+            allow_nograd=_default(allow_nograd, self.allow_nograd),
+        )
 
     def adapt(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
 from fastkfo.functional.checks import finite
+from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
 from fastkfo.utils import ParameterSlots, clone_module
@@ -114,22 +117,49 @@ class MAML(BaseLearner):
         first_order: bool | None = None,
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
-    ) -> MAML:
-        """A learner for one task, whose parameters lead back to this one's.
+        *,
+        tasks: int | None = None,
+        buffers: str = "shared",
+    ) -> Any:
+        """A learner for one task, or for T at once, whose parameters lead back to this one's.
 
         Args:
             first_order: the clone's option; None takes this learner's.
             allow_unused: likewise.
             allow_nograd: likewise.
+            tasks: T; then the clone is a `BatchedLearner`, with a task axis in front of everything.
+            buffers: for a batched clone, what becomes of batch norms' running statistics: "shared",
+                "frozen" or "per_task".
 
         Returns:
-            The clone.
+            The clone, a MAML or a BatchedLearner.
 
         Raises:
-            TypeError: the model has been compiled.
+            TypeError: the model has been compiled, or `tasks` is no int.
+            ValueError: `tasks` is below 1.
         """
+        if tasks is not None:
+            return BatchedLearner(
+                self.rule(first_order, allow_unused, allow_nograd), tasks, buffers
+            )
         return MAML._for_task(
             clone_module(self.module),
+            lr=self.lr,
+            first_order=self.first_order if first_order is None else first_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+
+    def rule(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> Rule:
+        """How clones adapt, in the form that batched learners and `InnerLoop` take."""
+        return Rule(
+            module=self.module,
+            compute_update=None,
             lr=self.lr,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,

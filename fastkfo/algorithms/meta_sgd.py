@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
 from fastkfo.functional.checks import finite
+from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
 from fastkfo.utils import ParameterSlots, clone_module, clone_parameters
@@ -113,15 +115,32 @@ class MetaSGD(BaseLearner):
         lrs = list(self.lrs)
         slots.put(updated_parameters(None, params, grads, lrs))
 
-    def clone(self) -> MetaSGD:
-        """A learner for one task, whose parameters and rates lead back to this one's.
+    def clone(self, *, tasks: int | None = None, buffers: str = "shared") -> Any:
+        """A learner for one task, or for T at once, whose tensors lead back to this one's.
+
+        Args:
+            tasks: T; then the clone is a `BatchedLearner`, with a task axis in front of everything.
+            buffers: for a batched clone, what becomes of batch norms' running statistics: "shared",
+                "frozen" or "per_task".
 
         Returns:
-            The clone.
+            The clone, a MetaSGD or a BatchedLearner.
 
         Raises:
-            TypeError: the model has been compiled.
+            TypeError: the model has been compiled, or `tasks` is no int.
+            ValueError: `tasks` is below 1.
         """
+        if tasks is not None:
+            return BatchedLearner(self.rule(), tasks, buffers)
         return MetaSGD._for_task(
             clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order
+        )
+
+    def rule(self, first_order: bool | None = None) -> Rule:
+        """How clones adapt, in the form that batched learners and `InnerLoop` take."""
+        return Rule(
+            module=self.module,
+            compute_update=None,
+            lr=list(self.lrs),
+            first_order=self.first_order if first_order is None else first_order,
         )

@@ -24,8 +24,48 @@ from fastkfo.optim.recognise import (
     kronecker_part,
     own_scale,
 )
+from fastkfo.utils import ParameterSlots
 
 Rate = Any  # a number, or a tensor
+
+
+class TaskAxis:
+    """A leading axis of tasks, `[T, ...]`, of parameters and gradients.
+
+    Args:
+        size: T.
+        own: whether the transforms' parameters have it too: each task its own.
+    """
+
+    def __init__(self, size: int, own: bool) -> None:
+        self.size, self.own = size, own
+
+    def transformed(self, transforms: list[nn.Module], grads: list[Tensor]) -> list[Tensor]:
+        """The updates of transforms that are not fused for tasks, under vmap or else in turn."""
+        slots = [ParameterSlots(transform) for transform in transforms]
+        phi = [s.params for s in slots]
+
+        def one(phi: list[list[Tensor]], grads: list[Tensor]) -> list[Tensor]:
+            for s, params in zip(slots, phi, strict=True):
+                s.put(params)
+            return transform_gradients(transforms, grads)  # type: ignore[return-value]
+
+        def row(t: int) -> list[Tensor]:
+            mine = [[p[t] for p in params] for params in phi] if self.own else phi
+            return one(mine, [g[t] for g in grads])
+
+        try:
+            in_dims = (0 if self.own else None, 0)
+            updates: list[Tensor] = torch.func.vmap(one, in_dims, randomness="different")(
+                phi, grads
+            )
+        except RuntimeError:
+            rows = [row(t) for t in range(self.size)]
+            updates = [torch.stack(of_tasks) for of_tasks in zip(*rows, strict=True)]
+        finally:
+            for s, params in zip(slots, phi, strict=True):
+                s.put(params)
+        return updates
 
 
 class Items:
@@ -79,6 +119,7 @@ class Items:
         others = (self.groups[BIAS], self.groups[SCALE])
         return (
             len(self.index) == 1
+            and self.dims[:2] == [1, 1]
             and not self.psd
             and self.groups[GRAD][0].dim() == 2
             and not autocast_enabled(self.groups[GRAD][0].device)  # ours stays in float32
@@ -126,7 +167,7 @@ def transform_gradients(
         TypeError: a transform returned no tensor, or its dtype is not the gradient's.
         ValueError: a transform returned the wrong shape.
     """
-    items, simple = _gather(transforms, grads, None)
+    items, simple = _gather(transforms, grads, None, None)
     updates = list(grads)
     for i, grad, alpha, scale in simple:
         update = grad if scale is None else scale * grad
@@ -143,6 +184,7 @@ def updated_parameters(
     grads: Sequence[Tensor | None],
     lr: Rate,
     cache: GramCache | None = None,
+    tasks: TaskAxis | None = None,
 ) -> list[Tensor]:
     """Every parameter after one step, `θ − lr · transform(g)`.
 
@@ -152,6 +194,7 @@ def updated_parameters(
         grads: g, of its parameter's shape; None leaves a parameter as it is.
         lr: a number, a tensor, or a list of tensors, one per parameter, of its shape or a scalar.
         cache: squares of factors to be used again.
+        tasks: says that θ and g have a leading axis of tasks.
 
     Returns:
         The new tensors; the old one where the gradient is None.
@@ -180,12 +223,12 @@ def updated_parameters(
             f"parameters: expected {len(transforms)}, one per transform, got {len(params)}"
         )
     whole = not any([g is None for g in grads])  # not `None in grads`, which compares tensors
-    if cache is not None and whole:
+    if cache is not None and whole and not (tasks is not None and tasks.own):
         if cache.step is None or not cache.step.matches(transforms, grads, lr, cache):
             cache.step = KroneckerStep.of(transforms, grads, lr, cache)
         if cache.step is not None:
             return cache.step.take(params, grads)
-    items, simple = _gather(transforms, grads, lr)
+    items, simple = _gather(transforms, grads, lr, tasks)
     new = list(params)
     for i, grad, alpha, scale in simple:
         new[i] = _scaled_step(params[i], grad, alpha, scale)
@@ -218,7 +261,7 @@ Simple = list[tuple[int, Tensor, float, "Tensor | None"]]  # index, gradient, al
 
 
 def _gather(
-    transforms: Sequence[Any], grads: Sequence[Tensor | None], lr: Rate
+    transforms: Sequence[Any], grads: Sequence[Tensor | None], lr: Rate, tasks: TaskAxis | None
 ) -> tuple[Items, Simple]:
     """Gather the parameters' items with factors, and those that are a scaled gradient.
 
@@ -226,6 +269,7 @@ def _gather(
         transforms: one module or None per parameter.
         grads: one gradient or None per parameter.
         lr: the learning rate; with None, plain gradients are left out.
+        tasks: see `updated_parameters`.
 
     Returns:
         The items, and the scaled gradients.
@@ -237,6 +281,7 @@ def _gather(
     tensor_rate = isinstance(lr, Tensor)
     alpha = 1.0 if lr is None else -1.0 if tensor_rate else -lr
     curvature: list[tuple[Any, float, Tensor | None]] = []
+    mapped: list[tuple[int, nn.Module, Tensor, float, Tensor | None]] = []
     for i, (transform, grad) in enumerate(zip(transforms, grads, strict=True)):
         if grad is None or (transform is None and lr is None):
             continue
@@ -245,9 +290,13 @@ def _gather(
             simple.append((i, grad, alpha, scale))
             continue
         kind = None if hooked else kind_of(transform)
-        part = kronecker_part(transform, grad) if kind == "reshaped" else None
+        own_tasks = tasks.size if tasks is not None and tasks.own else None
+        part = kronecker_part(transform, grad, own_tasks) if kind == "reshaped" else None
         if part is not None:
             items.add(i, part.dims, alpha, grad, part.left, part.right, part.bias, scale, part.psd)
+            continue
+        if tasks is not None:
+            mapped.append((i, transform, grad, alpha, scale))
             continue
         own = own_scale(transform, kind, grad)
         if own is not None:
@@ -266,6 +315,11 @@ def _gather(
                 curvature.append((transform, factor, scale))
         else:
             simple.append((i, _called(transform, grad, i), alpha, scale))
+    if mapped:
+        assert tasks is not None
+        updates = tasks.transformed([m[1] for m in mapped], [m[2] for m in mapped])
+        for (i, _, _, alpha_, scale), update in zip(mapped, updates, strict=True):
+            simple.append((i, update, alpha_, scale))
     for i, (t, factor, scale), grad in zip(first.index, curvature, first.run(), strict=True):
         dims = (1, 1, t.n_in, t.n_out * t.n_f)
         items.add(i, dims, factor, grad, t._parameters["mc_in"], None, None, scale)

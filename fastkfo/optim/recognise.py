@@ -27,7 +27,7 @@ def kind_of(module: nn.Module) -> str | None:
         package, _, rest = f"{cls.__module__}.{cls.__qualname__}".partition(".")
         _kinds[cls] = _KNOWN.get(rest) if package in ("fastkfo", "learn2learn") else None
     kind = _kinds[cls]
-    if kind is None or not _plain(module):
+    if kind is None or not is_plain(module):
         return None
     return kind
 
@@ -35,7 +35,8 @@ def kind_of(module: nn.Module) -> str | None:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module's own class says all of what calling it does."""
     state = module.__dict__
     return "forward" not in state and not any([state[name] for name in HOOKS])
 
@@ -93,8 +94,19 @@ class KroneckerPart(NamedTuple):
         return all([x.dtype == grad.dtype and x.device == grad.device for x in operands])
 
 
-def kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
-    """The operands, or None where the module is another one or does more."""
+def kronecker_part(
+    reshaped: nn.Module, grad: Tensor, tasks: int | None = None
+) -> KroneckerPart | None:
+    """The operands, or None where the module is another one or does more.
+
+    Args:
+        reshaped: the transform.
+        grad: the gradient. A leading axis of tasks that share the factors is part of the batch.
+        tasks: T, if the factors, too, have a leading axis of tasks.
+
+    Returns:
+        The operands.
+    """
     linear: Any = reshaped._modules["transform"]
     if linear is None or kind_of(linear) != "kronecker":
         return None
@@ -102,8 +114,8 @@ def kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
     left, right, bias = factors.get("left"), factors.get("right"), factors.get("bias")
     if left is None or right is None or (bias is None and linear.bias is not None):
         return None  # made a buffer or a plain attribute, say to freeze it
-    n, m = left.shape[0], right.shape[0]
-    size, shape = n * m, reshaped.in_shape
+    n, m = left.shape[-1], right.shape[-1]
+    size, shape = n * m * (tasks or 1), reshaped.in_shape
     if len(shape) != 3 or shape[0] != -1 or shape[1] != n or shape[2] != m:  # type: ignore[arg-type, index]
         return None
     if linear.device is not None and left.device != grad.device:
@@ -111,4 +123,4 @@ def kronecker_part(reshaped: nn.Module, grad: Tensor) -> KroneckerPart | None:
     batch = grad.numel() // size if size else math.prod(grad.shape[:-2])
     if batch * size != grad.numel():
         return None
-    return KroneckerPart((1, batch, n, m), left, right, bias, linear.psd)
+    return KroneckerPart((tasks or 1, batch, n, m), left, right, bias, linear.psd)

@@ -1,5 +1,5 @@
 """The formulas in plain PyTorch; no kernel is imported here."""
 
-from fastkfo.reference import gram, kron
+from fastkfo.reference import cross_entropy, gram, kron, norm
 
-__all__ = ["gram", "kron"]
+__all__ = ["cross_entropy", "gram", "kron", "norm"]

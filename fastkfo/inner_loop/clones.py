@@ -1,0 +1,77 @@
+"""learn2learn's own loop, for learners whose step is known only as `clone` and `adapt`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastkfo.inner_loop.inputs import Batch, joined, parted
+from fastkfo.inner_loop.pieces import together
+from fastkfo.inner_loop.run import Outcome, Settings, outcome
+
+
+def by_clones(
+    learner: Any, options: dict[str, Any], settings: Settings, batch: Batch, weights: Any
+) -> Outcome:
+    """Adapt one clone per task.
+
+    Args:
+        learner: what is cloned.
+        options: of `clone`.
+        settings: see there.
+        batch: the tasks.
+        weights: of the query losses after every step, or None.
+
+    Returns:
+        What came of it.
+    """
+    graph = torch.is_grad_enabled()
+    tasks = len(tree_leaves(batch.x_s)[0])
+    with torch.enable_grad():
+        found = [
+            _one(learner.clone(**options), settings, batch.rows(t, t + 1), weights)
+            for t in range(tasks)
+        ]
+    if not graph:
+        found = [x._replace(loss=None if x.loss is None else x.loss.detach()) for x in found]
+    return together(found)
+
+
+def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outcome:
+    if settings.features is not None:
+        row = _featured(settings.features, row)
+    x_s, y_s, x_q, y_q = tree_map(lambda x: x[0], tuple(row))
+    support: list[Tensor] = []
+    queries: list[Tensor] = []
+    predictions: Any = None
+
+    def ask() -> None:
+        nonlocal predictions
+        predictions = clone(x_q)
+        if y_q is not None:
+            queries.append(settings.query_loss(predictions, y_q))
+
+    for _ in range(settings.steps):
+        loss = settings.loss(clone(x_s), y_s)
+        clone.adapt(loss)  # type: ignore[operator]
+        support.append(loss.detach().reshape(1))
+        if weights is not None:
+            ask()
+    if weights is None:
+        ask()
+    total = None
+    if queries:
+        total = queries[-1] if weights is None else weights @ torch.stack(queries)
+        total = total.reshape(1)
+    predictions = tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, predictions)
+    return outcome(total, predictions, support, 1, tree_leaves(row.x_s)[0])
+
+
+def _featured(features: nn.Module, row: Batch) -> Batch:
+    both = tree_map(lambda x: x[0], joined(row.x_s, row.x_q))
+    seen = tree_map(lambda x: x.unsqueeze(0), features(both))
+    x_s, x_q = parted(seen, row.x_s)
+    return row._replace(x_s=x_s, x_q=x_q)

@@ -1,0 +1,107 @@
+"""What keeps a NaN or an infinity of one task out of everything that tasks share.
+
+A task's own tensors are rows of `[T, ...]`, and no row reads another. Rows meet where a gradient is
+summed over tasks: in the initial parameters, the transform, the rates. There the rows that are not
+finite are left out, so that the task they belong to contributes exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+def finite_rows(tensors: Sequence[Tensor | None], tasks: int) -> Tensor | None:
+    """Which tasks' rows are finite in all tensors.
+
+    Args:
+        tensors: `[T, ...]` each, or None.
+        tasks: T.
+
+    Returns:
+        `[T]`, bool. None if all are, where a look costs no synchronisation (the CPU).
+    """
+    present = [x.detach() for x in tensors if x is not None and x.is_floating_point()]
+    if not present:
+        return None
+    if all([x.device.type == "cpu" for x in present]):
+        # One pass in one call. A sum that overflows only leads to the second look.
+        norms = torch._foreach_norm(present, 1)
+        if all([x.isfinite().item() for x in norms]):
+            return None
+    rows = [x.isfinite().reshape(tasks, -1).all(1) for x in present]
+    return rows[0] if len(rows) == 1 else torch.stack(rows).all(0)
+
+
+def select_rows(rows: Tensor, x: Tensor, otherwise: float) -> Tensor:
+    """The rows of x that are wanted, and a number in place of the others."""
+    return torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, otherwise)
+
+
+def guard(tensors: Sequence[Tensor], tasks: int) -> None:
+    """Let only finite rows of the tensors' cotangents pass to what the tensors were made of.
+
+    A hook on the nodes that made them, not on the tensors: the gradients in the tensors themselves,
+    which an inner step asks for, are what they are.
+
+    Args:
+        tensors: `[T, ...]`.
+        tasks: T.
+    """
+    if torch.is_grad_enabled():
+        for node in {x.grad_fn for x in tensors if x.grad_fn is not None}:
+            node.register_prehook(partial(_without_bad_rows, tasks))
+
+
+def _without_bad_rows(
+    tasks: int, cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    rows = finite_rows(cotangents, tasks)
+    if rows is None:
+        return None
+    return tuple([None if c is None else select_rows(rows, c, 0.0) for c in cotangents])
+
+
+def spread(tensors: Sequence[Tensor], tasks: int) -> list[Tensor]:
+    """Every tensor once per task, `[T, ...]`, without a copy; gradients are summed over tasks."""
+    # One node per tensor: autograd would run a common one for every tensor's sake.
+    rows = [x.expand(tasks, *x.shape) for x in tensors]
+    guard(rows, tasks)
+    return rows
+
+
+class Contained:
+    """What enters and leaves a computation with tensors that all tasks share.
+
+    A task that enters with a row that is not finite is computed with zeros and leaves as NaN: zeros,
+    because the gradient of what is shared is a sum of products with what entered.
+
+    Args:
+        tasks: T.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+        self.rows: Tensor | None = None
+
+    def enter(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What to compute with."""
+        self.rows = finite_rows(tensors, self.tasks)
+        if self.rows is None:
+            return list(tensors)
+        return [
+            x if x is None or not x.is_floating_point() else select_rows(self.rows, x, 0.0)
+            for x in tensors
+        ]
+
+    def leave(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What to go on with."""
+        guard(tensors, self.tasks)
+        if self.rows is None:
+            return list(tensors)
+        return [
+            select_rows(self.rows, x, torch.nan) if x.is_floating_point() else x for x in tensors
+        ]

@@ -1,0 +1,463 @@
+"""The inner loop as a module: adapt T tasks at once, and ask for their query losses."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastkfo.functional import checks
+from fastkfo.inner_loop import buffers as task_buffers
+from fastkfo.inner_loop import memory as memory_modes
+from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
+from fastkfo.inner_loop.clones import by_clones
+from fastkfo.inner_loop.inputs import Batch, Group, check_batch, grouped
+from fastkfo.inner_loop.leaves import Leaves
+from fastkfo.inner_loop.learner import BatchedLearner, check_count
+from fastkfo.inner_loop.loss import per_task
+from fastkfo.inner_loop.pieces import run_pieces, together
+from fastkfo.inner_loop.run import Outcome, Settings, TaskLoss
+from fastkfo.inner_loop.step import Rule
+from fastkfo.utils import ParameterSlots
+
+BACKENDS = ("auto", "fused", "batched", "loop")
+
+
+class InnerLoop(nn.Module):
+    """Adapts a learner to T tasks at once and gives their query losses.
+
+    With θ_0 the learner's parameters, K steps `θ_{k+1} = θ_k − lr U(∇ℓ_s(θ_k))` per task on its
+    support loss ℓ_s, then the query loss ℓ_q(θ_K). The results, and their gradients in everything
+    that is learned, are those of learn2learn's loop over `clone` and `adapt`.
+
+    A NaN or an infinity in one task never raises and never leaves it: `finite` names it, and the
+    gradients of what tasks share are as if it were not there.
+
+    Args:
+        learner: a GBML, MAML or MetaSGD. Options that are None here are its own.
+        loss: of one task: predictions and targets to one number. A module's parameters are learned.
+        steps: K, at least 0.
+        query_loss: ℓ_q, if it is another one.
+        features: a feature extractor in front of the model (ANIL): not adapted, but trained through
+            the query loss. It sees all samples of all tasks at once; its batch norms take the
+            statistics of each task's support and query together.
+        first_order: whether gradients are treated as constants of the meta-gradient.
+        adapt_transform: (GBML) whether the transforms are adapted, too.
+        allow_unused: (GBML, MAML) whether parameters that a loss does not use are left as they are.
+        allow_nograd: (GBML, MAML) whether parameters that require no gradient are left.
+        memory: "full" keeps the whole graph, "checkpoint" the state before every step, "adjoint" no
+            more than θ; the latter two compute every step once more in the backward pass, and can be
+            differentiated once. Same gradients, same random draws.
+        buffers: "shared": batch norms' running statistics end up as learn2learn's loop leaves them;
+            in eval mode they are read as they were before. "frozen": they do not move. "per_task":
+            every task goes on with its own.
+        chunk_size: how many tasks at a time; forward keeps nothing but losses and predictions, and
+            the backward pass runs every chunk again. None: all.
+        backend: "auto", "fused" (not there yet), "batched" (all tasks in one pass) or "loop" (task
+            after task, for any model). "auto" is "batched" and, where a model cannot be, "loop",
+            with one warning that says why. A name never falls back.
+        capture: whether to replay a CUDA graph: "auto", True or False. Not there yet: `explain`
+            says what happens instead.
+
+    Attributes:
+        learner: the learner.
+        features: the feature extractor, or None.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a value that is not allowed.
+
+    Source: Finn, Abbeel, Levine 2017; Arnold, Iqbal, Sha 2021. docs/inner_loop.md has the
+    derivation.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        loss: Callable[..., Tensor],
+        steps: int,
+        *,
+        query_loss: Callable[..., Tensor] | None = None,
+        features: nn.Module | None = None,
+        first_order: bool | None = None,
+        adapt_transform: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        memory: str = "full",
+        buffers: str = "shared",
+        chunk_size: int | None = None,
+        backend: str = "auto",
+        capture: str | bool = "auto",
+    ) -> None:
+        super().__init__()
+        options = {
+            "first_order": first_order,
+            "adapt_transform": adapt_transform,
+            "allow_unused": allow_unused,
+            "allow_nograd": allow_nograd,
+        }
+        self._options = {name: value for name, value in options.items() if value is not None}
+        check_learner(learner, self._options)
+        check_count("steps", steps, 0)
+        _check_choice("memory", memory, memory_modes.MODES)
+        _check_choice("buffers", buffers, task_buffers.MODES)
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("capture", capture, ("auto", True, False))
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size, 1)
+        if features is not None and not isinstance(features, nn.Module):
+            raise TypeError(f"features: expected a module, got {type(features).__name__}")
+        if backend == "fused":
+            raise ValueError(
+                "backend: expected 'auto', 'batched' or 'loop', got 'fused': there is no fused "
+                "inner loop yet"
+            )
+        self.learner, self.features, self.steps = learner, features, steps
+        self.loss = _as_loss("loss", loss)
+        self.query_loss = self.loss if query_loss is None else _as_loss("query_loss", query_loss)
+        self.memory, self.buffer_mode = memory, buffers
+        self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
+        self._refused: str | None = None  # why the model runs task after task
+        self._said = False
+
+    def forward(
+        self,
+        x_s: Any,
+        y_s: Any,
+        x_q: Any,
+        y_q: Any = None,
+        *,
+        steps: int | None = None,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> Outcome:
+        """Adapt to every task's support, and ask for the query.
+
+        Under `no_grad` or `inference_mode` nothing is kept for a meta-gradient.
+
+        Args:
+            x_s: support inputs `[T, S, ...]`, or a tuple or dict of such, which the model gets as
+                one argument; or a list with one entry `[S, ...]` per task, of any shapes.
+            y_s: support targets, likewise.
+            x_q: query inputs `[T, Q, ...]`, likewise.
+            y_q: query targets, likewise; None: predictions only.
+            steps: K of this call.
+            step_weights: K weights; the loss is then the weighted sum of the query losses after
+                every step, as in MAML++.
+
+        Returns:
+            `loss [T]` (None without `y_q`); `predictions [T, Q, ...]` of the adapted model and
+            `support_loss [T, K]`, both detached; `finite [T]`. For lists of tasks, `predictions` is
+            a list.
+
+        Raises:
+            TypeError: an input is of the wrong type.
+            ValueError: inputs do not have the same T or are empty, `steps` or `step_weights` do not
+                fit, or a label is out of range.
+        """
+        given = Batch(x_s, y_s, x_q, y_q)
+        if x_q is None:
+            raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
+        groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
+        counts = [check_batch(group.batch) for group in groups]
+        settings = self._settings(steps)
+        weights = _check_weights(step_weights, settings.steps, y_q, groups[0].batch)
+        with _normal_mode():
+            if isinstance(x_s, list):
+                return self._listed(settings, groups, weights)
+            return self._stacked(settings, given, counts[0], weights)
+
+    def adapt(self, x_s: Any, y_s: Any, *, steps: int | None = None) -> BatchedLearner:
+        """The batched learner after K steps, with its graph.
+
+        Args:
+            x_s: support inputs, as for the call.
+            y_s: support targets, likewise; no lists of tasks.
+            steps: K of this call.
+
+        Returns:
+            The learner; what `learner.clone(tasks=T)` gives after as many calls of `adapt`. With
+            `features`, it takes features.
+
+        Raises:
+            TypeError: an input is of the wrong type.
+            ValueError: inputs do not have the same T or are empty, or the learner cannot be batched.
+        """
+        batch = Batch(x_s, y_s)
+        tasks = check_batch(batch)
+        settings = self._settings(steps)
+        with _normal_mode():
+            batch = self._normal(batch)
+            with torch.enable_grad():
+                learner = BatchedLearner(settings.rule, tasks, self.buffer_mode)
+                loss = TaskLoss(self.loss, tasks, each=False)
+                params = self._leaves(batch, None).losses
+                second_order = not settings.rule.first_order
+                for _ in range(settings.steps):
+                    predictions = learner(batch.x_s)
+                    learner.adapt(loss(params, second_order, predictions, batch.y_s))
+        return learner
+
+    def why_one_by_one(self) -> str | None:
+        """Why the model runs task after task, as far as is known; None if it does not."""
+        if self.backend == "loop":
+            return "backend='loop'"
+        return self._own_step() or self._refused
+
+    def _settings(self, steps: int | None) -> Settings:
+        if steps is not None:
+            check_count("steps", steps, 0)
+        return Settings(
+            rule=rule_of(self.learner, self._options),
+            loss=self.loss,
+            query_loss=self.query_loss,
+            features=self.features,
+            steps=self.steps if steps is None else steps,
+            memory=self.memory,
+            buffers=self.buffer_mode,
+            each=False,
+        )
+
+    def _own_step(self) -> str | None:
+        rule = rule_of(self.learner, self._options)
+        return rule.why_not_batched() or overridden(self.learner)
+
+    def _leaves(self, batch: Batch, weights: Tensor | None) -> Leaves:
+        rule = rule_of(self.learner, self._options)
+        losses = [x for x in (self.loss, self.query_loss) if isinstance(x, nn.Module)]
+        if self.query_loss is self.loss:
+            losses = losses[:1]
+        return Leaves(
+            theta=_params(rule.module),
+            phi=_params(rule.compute_update),
+            rates=rule.rates,
+            features=_params(self.features),
+            losses=[p for loss in losses for p in _params(loss)],
+            weights=[] if weights is None else [weights],
+            data=tree_flatten(tuple(batch))[0],
+        )
+
+    def _stacked(
+        self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
+    ) -> Outcome:
+        """T tasks of equal shapes."""
+        batch = self._normal(batch)
+
+        def batched() -> tuple[Outcome, Parts]:
+            return self._pieces(settings, batch, tasks, weights, self.chunk_size or tasks)
+
+        def one_by_one() -> tuple[Outcome, Parts]:
+            return self._pieces(replace(settings, each=True), batch, tasks, weights, 1)
+
+        def clones() -> tuple[Outcome, Parts]:
+            return by_clones(self.learner, self._options, settings, batch, weights), []
+
+        found, parts = self._first_that_can(batched, one_by_one, clones)
+        _commit(parts, None)
+        return found
+
+    def _listed(
+        self, settings: Settings, groups: list[Group], weights: Tensor | None
+    ) -> Outcome:
+        """Tasks of any shapes, group by group; or one by one, in their order."""
+        groups = [group._replace(batch=self._normal(group.batch)) for group in groups]
+        indices = [t for group in groups for t in group.indices]
+        order = torch.tensor(indices).argsort()
+        tasks = sorted([(t, group, k) for group in groups for k, t in enumerate(group.indices)],
+                       key=lambda x: x[0])  # fmt: skip
+
+        def batched() -> tuple[Outcome, Parts]:
+            found = []
+            for group in groups:
+                count = len(group.indices)
+                size = self.chunk_size or count
+                found.append(self._pieces(settings, group.batch, count, weights, size))
+            return _in_order([x for x, _ in found], order), [p for _, ps in found for p in ps]
+
+        def one_by_one() -> tuple[Outcome, Parts]:
+            each = replace(settings, each=True)
+            found = [
+                self._pieces(each, group.batch.rows(k, k + 1), 1, weights, 1)
+                for _, group, k in tasks
+            ]
+            return _in_order([x for x, _ in found], None), [p for _, ps in found for p in ps]
+
+        def clones() -> tuple[Outcome, Parts]:
+            found = [
+                by_clones(self.learner, self._options, settings, group.batch.rows(k, k + 1), weights)
+                for _, group, k in tasks
+            ]
+            return _in_order(found, None), []
+
+        before = self._refused
+        found, parts = self._first_that_can(batched, one_by_one, clones)
+        grouped_too = before is None and self._refused is None and self.backend != "loop"
+        _commit(parts, order if grouped_too else None)
+        return found
+
+    def _pieces(
+        self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None, size: int
+    ) -> tuple[Outcome, Parts]:
+        leaves = self._leaves(batch, weights)
+        return run_pieces(settings, leaves, batch, tasks, size, self.chunk_size is not None)
+
+    def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
+        if (reason := self._own_step()) is not None:
+            self._check_clones(reason)
+            found = clones()
+            self._say_once(reason)
+            return found
+        if self.backend == "loop" or self._refused is not None:
+            return one_by_one()
+        try:
+            return batched()
+        except Unbatchable as refused:
+            if self.backend == "batched":
+                raise ValueError(
+                    f"backend: expected a model that can be batched, for 'batched'. {refused}"
+                ) from refused
+            reason = str(refused)
+        found = one_by_one()
+        self._say_once(reason)
+        self._refused = reason
+        return found
+
+    def _check_clones(self, reason: str) -> None:
+        options = {
+            "memory": (self.memory, "full"),
+            "buffers": (self.buffer_mode, "shared"),
+            "chunk_size": (self.chunk_size, None),
+            "backend": (self.backend, "auto" if self.backend != "loop" else "loop"),
+        }
+        for name, (value, only) in options.items():
+            if value != only:
+                raise ValueError(
+                    f"{name}: expected {only!r} for this learner, got {value!r}: {reason}"
+                )
+
+    def _say_once(self, reason: str) -> None:
+        if self.backend != "loop" and not self._said:
+            self._said = True
+            warnings.warn(
+                f"fastkfo: tasks run one after the other, since they cannot be batched. {reason}",
+                stacklevel=6,
+            )
+
+    @staticmethod
+    def _normal(batch: Batch) -> Batch:
+        """Tensors of inference mode have no place in a graph, not even an inner step's."""
+        return Batch(
+            *tree_map(lambda x: x.clone() if x.is_inference() else x, tuple(batch))
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not the default ones."""
+        return (
+            f"steps={self.steps}, memory={self.memory!r}, buffers={self.buffer_mode!r}, "
+            f"chunk_size={self.chunk_size}, backend={self.backend!r}"
+        )
+
+
+Parts = list[list[TaskBuffers]]
+Way = Callable[[], tuple[Outcome, Parts]]
+
+
+def rule_of(learner: Any, options: dict[str, Any]) -> Rule:
+    """How a learner adapts, with some options in place of its own."""
+    rule: Rule = learner.rule(**options)
+    return rule
+
+
+def check_learner(learner: Any, options: dict[str, Any]) -> None:
+    """Raise unless it is a learner that knows these options."""
+    rule = getattr(type(learner), "rule", None)
+    if not isinstance(learner, nn.Module) or rule is None:
+        raise TypeError(
+            f"learner: expected a GBML, a MAML or a MetaSGD, got {type(learner).__name__}"
+        )
+    known = inspect.signature(rule).parameters
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool or None, got {type(value).__name__}")
+        if name not in known and value:
+            raise ValueError(f"{name}: expected None, as {type(learner).__name__} has no such option")
+
+
+def overridden(learner: nn.Module) -> str | None:
+    """Why a learner of a class of the user's own is known by its methods alone, or None."""
+    base = next(c for c in type(learner).__mro__ if c.__module__.startswith("fastkfo."))
+    for name in ("adapt", "clone", "forward"):
+        if getattr(type(learner), name) is not getattr(base, name):
+            return f"{type(learner).__name__} has a method {name!r} of its own"
+    return None
+
+
+def _params(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else ParameterSlots(module).params
+
+
+def _as_loss(name: str, loss: Any) -> Any:
+    if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+        return loss
+    if not callable(loss):
+        raise TypeError(f"{name}: expected a callable, got {type(loss).__name__}")
+    return per_task(loss)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if not any([value is choice or value == choice for choice in choices]):
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def _check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | None:
+    if weights is None:
+        return None
+    if y_q is None:
+        raise ValueError("step_weights: expected None without y_q, got weights")
+    like = next(x for x in tree_flatten(tuple(batch))[0])
+    if not isinstance(weights, Tensor):
+        for w in weights:
+            checks.finite("step_weights", w)
+        weights = torch.tensor(list(weights), dtype=torch.float64, device=like.device)
+    checks.floating_tensor("step_weights", weights)
+    if weights.shape != (steps,) or steps == 0:
+        raise ValueError(
+            f"step_weights: expected one weight for each of {steps} steps (at least one), "
+            f"got shape {list(weights.shape)}"
+        )
+    return weights
+
+
+def _commit(parts: Parts, order: Tensor | None) -> None:
+    for of_one_model in zip(*parts, strict=True):
+        commit(of_one_model, order)
+
+
+def _in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
+    """The outcome of tasks of unlike shapes: their predictions are a list."""
+    predictions = [
+        tree_map(lambda x: x[k] if isinstance(x, Tensor) else x, part.predictions)  # noqa: B023
+        for part in found
+        for k in range(len(part.finite))
+    ]
+    joined = together([part._replace(predictions=None) for part in found])
+    if order is None:
+        return joined._replace(predictions=predictions)
+    loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
+    return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    """Inner steps need autograd: under inference mode, leave it, and keep no meta-graph."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,129 @@
+"""What an inner loop is called with: checked, and in groups of tasks of equal shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastkfo.inner_loop.model import stack
+
+
+class Batch(NamedTuple):
+    """T tasks of equal shapes; any pytrees of tensors `[T, S, ...]`.
+
+    Attributes:
+        x_s: support inputs.
+        y_s: support targets.
+        x_q: query inputs, or None.
+        y_q: query targets, or None.
+    """
+
+    x_s: Any
+    y_s: Any
+    x_q: Any = None
+    y_q: Any = None
+
+    def rows(self, begin: int, end: int) -> Batch:
+        """Some of the tasks."""
+        return Batch(*tree_map(lambda x: x[begin:end], tuple(self)))
+
+
+def check_batch(batch: Batch) -> int:
+    """The number of tasks.
+
+    Raises:
+        TypeError: something is no tensor.
+        ValueError: a tensor lacks the axes, is empty, or has another number of tasks.
+    """
+    tasks, of = None, ""
+    for name, tree in batch._asdict().items():
+        if tree is None:
+            continue
+        leaves = tree_flatten(tree)[0]
+        if not leaves:
+            raise ValueError(f"{name}: expected tensors, got an empty {type(tree).__name__}")
+        for x in leaves:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor [T, S, ...], got {type(x).__name__}")
+            if x.dim() < 2:
+                raise ValueError(f"{name}: expected a shape [T, S, ...], got {list(x.shape)}")
+            if x.numel() == 0:
+                raise ValueError(
+                    f"{name}: expected at least one task with at least one sample, "
+                    f"got shape {list(x.shape)}"
+                )
+            if tasks is None:
+                tasks, of = x.shape[0], name
+            elif x.shape[0] != tasks:
+                raise ValueError(f"{name}: expected {tasks} tasks as in {of}, got {x.shape[0]}")
+    if tasks is None:
+        raise TypeError("x_s: expected a tensor [T, S, ...], got NoneType")
+    return tasks
+
+
+class Group(NamedTuple):
+    """Tasks of equal shapes, and where they were in the list."""
+
+    indices: list[int]
+    batch: Batch
+
+
+def grouped(given: Batch) -> list[Group]:
+    """Group lists of tasks by shape, in the order of first appearance.
+
+    Args:
+        given: lists, one entry per task without a task axis; or None.
+
+    Returns:
+        The groups.
+
+    Raises:
+        TypeError: some are lists and some are not.
+        ValueError: the lists are empty or not equally long.
+    """
+    present = {name: x for name, x in given._asdict().items() if x is not None}
+    for name, x in present.items():
+        if not isinstance(x, list):
+            raise TypeError(
+                f"{name}: expected a list of tasks as in x_s, got {type(x).__name__}"
+            )
+        if len(x) != len(given.x_s) or not x:
+            raise ValueError(
+                f"{name}: expected a list of {len(given.x_s)} tasks as in x_s, at least one, "
+                f"got {len(x)}"
+            )
+    groups: dict[Any, list[int]] = {}
+    for t in range(len(given.x_s)):
+        groups.setdefault(_signature([x[t] for x in present.values()]), []).append(t)
+    return [
+        Group(
+            indices,
+            Batch(
+                *[None if x is None else stack([x[t] for t in indices]) for x in tuple(given)]
+            ),
+        )
+        for indices in groups.values()
+    ]
+
+
+def _signature(trees: Sequence[Any]) -> Any:
+    leaves, spec = tree_flatten(trees)
+    return (
+        str(spec),
+        *[(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in leaves],
+    )
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Support and query inputs of each task, one behind the other: `[T, S + Q, ...]`."""
+    return tree_map(lambda a, b: torch.cat([a, b], 1), first, second)
+
+
+def parted(both: Any, support: Any) -> tuple[Any, Any]:
+    """The features of support and query, given those of both and the support inputs."""
+    size = tree_flatten(support)[0][0].shape[1]
+    return tree_map(lambda x: x[:, :size], both), tree_map(lambda x: x[:, size:], both)

@@ -1,0 +1,149 @@
+"""What a model's forward calls by name and is given another form of, for T tasks at once.
+
+- `F.batch_norm`: on batch statistics written out as a formula, whose derivatives PyTorch gets right
+  under vmap to any order, and which leaves running statistics to TaskBuffers.
+- attention: the math form, since the fused kernels have no second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.reference import norm
+
+
+class Interception(TorchFunctionMode):
+    """While it is entered, known functions run in the form that tasks need.
+
+    Args:
+        buffers: of the model that runs.
+        second_order: whether what runs is differentiated twice.
+    """
+
+    def __init__(self, buffers: TaskBuffers, second_order: bool) -> None:
+        super().__init__()
+        self.buffers, self.second_order = buffers, second_order
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or what stands for it."""
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self, func, args, kwargs or {})
+
+
+def _attention(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if not mode.second_order:
+        return func(*args, **kwargs)
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+def _batch_norm(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return _batch_norm_call(mode.buffers, *args, **kwargs)
+
+
+def _batch_norm_call(
+    buffers: TaskBuffers,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training and input.numel() == input.shape[1]:
+        raise ValueError(
+            "batch norm: expected more than one value per channel in training, "
+            f"got input size {list(input.shape)}"
+        )
+    call = _NormCall(buffers, running_mean, running_var, training, momentum, eps)
+    tensors = (input, weight, bias)
+    if any([x is not None and is_batchedtensor(x) for x in tensors]):
+        result: Tensor = _TaskBatchNorm.apply(*tensors, call)
+        return result
+    rows = [None if x is None else x.unsqueeze(0) for x in tensors]
+    return call(*rows).squeeze(0)  # type: ignore[arg-type]
+
+
+class _NormCall:
+    """One batch norm with T tasks on the first axis of everything."""
+
+    def __init__(
+        self,
+        buffers: TaskBuffers,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> None:
+        self.buffers, self.mean, self.var = buffers, running_mean, running_var
+        self.training, self.momentum, self.eps = training, momentum, eps
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        buffers = self.buffers
+        if not self.training:
+            mean, var = buffers.own(self.mean), buffers.own(self.var)
+            assert mean is not None and var is not None
+            return norm.normalise(x, mean, var, weight, bias, self.eps)
+        y, mean, var = norm.batch_norm(x, weight, bias, self.eps)
+        if self.mean is not None:
+            count = x.numel() // mean.numel()
+            buffers.record(self.mean, mean, self.momentum)
+            buffers.record(self.var, var.detach() * (count / (count - 1)), self.momentum)
+        return y
+
+
+class _TaskBatchNorm(Function):
+    """Takes a batch norm out of vmap: plain autograd goes through what `vmap` below does."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Any, bias: Any, call: _NormCall) -> Tensor:
+        """Never called: one of the operands is a task's."""
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, call: _NormCall) -> Any:
+        """The norm of T tasks; what has no task axis is shared."""
+        rows = [
+            None
+            if t is None
+            else (t.unsqueeze(0) if d is None else t.movedim(d, 0))
+            for t, d in zip((x, weight, bias), in_dims[:3], strict=True)
+        ]
+        if in_dims[0] is None:
+            rows[0] = rows[0].expand(info.batch_size, *x.shape)  # type: ignore[union-attr]
+        return call(*rows), 0  # type: ignore[arg-type]
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _attention,
+}
+
+
+def watched() -> list[str]:
+    """The names of the functions that are given another form."""
+    return [f"F.{func.__name__}" for func in _HANDLERS]
+
+
+__all__ = ["Interception", "watched"]

@@ -1,0 +1,185 @@
+"""Losses of T tasks at once: one number per task."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from fastkfo.functional.cross_entropy import CrossEntropy
+from fastkfo.optim.recognise import is_plain
+
+Loss = Callable[..., Tensor]
+
+
+def per_task(loss: Loss) -> PerTask:
+    """Make a loss of one task into a loss of T tasks, `(predictions, targets) → [T]`.
+
+    Args:
+        loss: maps the predictions and the targets of one task, without a task axis, to one number.
+            `F.cross_entropy` and `F.mse_loss` run as kernels for all tasks; anything else under
+            `torch.func.vmap` or, where that refuses, task after task.
+
+    Returns:
+        A function of predictions `[T, S, ...]` and targets `[T, S, ...]` (any pytrees of such
+        tensors) that returns `[T]`, for `adapt` of a batched learner.
+
+    Raises:
+        TypeError: `loss` is not callable.
+    """
+    if isinstance(loss, PerTask):
+        return loss
+    if not callable(loss):
+        raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+    return PerTask(loss)
+
+
+class PerTask:
+    """What `per_task` returns.
+
+    Attributes:
+        loss: the loss of one task.
+        each: whether it runs task after task, since vmap refused it.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.each = False
+        self._kernel = _kernel_of(loss)
+
+    def __call__(self, predictions: Any, targets: Any, *more: Any) -> Tensor:
+        """The loss of every task.
+
+        Args:
+            predictions: `[T, S, ...]`, or a pytree of such tensors.
+            targets: likewise; with class labels for `F.cross_entropy` `[T, S]`, integers.
+            more: further arguments of the loss, likewise.
+
+        Returns:
+            `[T]`.
+
+        Raises:
+            ValueError: the loss gives a task something other than one number, or (on the CPU) a
+                label is out of range.
+        """
+        if self._kernel is not None and not more:
+            result = self._kernel(predictions, targets)
+            if result is not None:
+                return result
+        result = self._general(predictions, targets, *more)
+        if not isinstance(result, Tensor) or result.dim() != 1:
+            got = list(result.shape[1:]) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"loss: expected one number per task, got {got} for each")
+        return result
+
+    def _general(self, *args: Any) -> Tensor:
+        if not self.each:
+            try:
+                return vmap(self.loss, randomness="different")(*args)
+            except RuntimeError as error:
+                refused = error
+        tasks = _tasks_of(args)
+        rows = [self.loss(*tree_map(lambda x: x[t], args)) for t in range(tasks)]  # noqa: B023
+        if not self.each:
+            _warn(self.loss, refused)
+            self.each = True
+        return torch.stack(rows)
+
+
+def _warn(loss: Loss, refused: Exception) -> None:
+    import warnings
+
+    name = getattr(loss, "__name__", type(loss).__name__)
+    reason = str(refused).strip().splitlines()[0]
+    warnings.warn(
+        f"fastkfo: the loss {name} runs task after task; torch.func.vmap refuses it: {reason}",
+        stacklevel=5,
+    )
+
+
+def _tasks_of(args: Any) -> int:
+    from torch.utils._pytree import tree_leaves
+
+    return next(len(x) for x in tree_leaves(args) if isinstance(x, Tensor))
+
+
+def _kernel_of(loss: Loss) -> Callable[[Any, Any], Tensor | None] | None:
+    if loss is F.cross_entropy or (
+        type(loss) is nn.CrossEntropyLoss
+        and is_plain(loss)
+        and (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+        == (None, -100, "mean", 0.0)
+    ):
+        return _CrossEntropy()
+    if loss is F.mse_loss or (
+        type(loss) is nn.MSELoss and is_plain(loss) and loss.reduction == "mean"
+    ):
+        return _mse
+    return None
+
+
+def _mse(predictions: Any, targets: Any) -> Tensor | None:
+    if not (isinstance(predictions, Tensor) and isinstance(targets, Tensor)):
+        return None
+    if predictions.shape != targets.shape or predictions.dim() < 2:
+        return None
+    return (predictions - targets).square().flatten(1).mean(1)
+
+
+class _CrossEntropy:
+    """Cross-entropy of logits `[T, S, C]` and labels `[T, S]`; None for anything else."""
+
+    def __init__(self) -> None:
+        self._checked: tuple[Any, int, int] | None = None
+
+    def __call__(self, logits: Any, labels: Any) -> Tensor | None:
+        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+            return None
+        if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
+            return None
+        if torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
+            logits = logits.float()  # as autocast does for F.cross_entropy
+        if logits.device.type != "cpu":
+            return _without_a_look(logits, labels)
+        if not self._in_range(labels, logits.shape[-1]):
+            return None
+        result: Tensor = CrossEntropy.apply(logits, labels)
+        return result
+
+    def _in_range(self, labels: Tensor, classes: int) -> bool:
+        """Whether labels are in range; those of every step's support are looked at once."""
+        if self._checked is not None:
+            seen, version, count = self._checked
+            if seen() is labels and version == _version(labels) and count == classes:
+                return True
+        low, high = (int(x) for x in labels.aminmax())
+        if low == -100:  # F.cross_entropy's own mark for "does not count"
+            return False
+        if low < 0 or high >= classes:
+            bad = low if low < 0 else high
+            raise ValueError(f"targets: expected labels from 0 to {classes - 1}, got {bad}")
+        self._checked = (weakref.ref(labels), _version(labels), classes)
+        return True
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _without_a_look(logits: Tensor, labels: Tensor) -> Tensor:
+    """Where reading labels would synchronise: a task with one out of range is NaN."""
+    classes = logits.shape[-1]
+    counts = labels != -100
+    wrong = (counts & ((labels < 0) | (labels >= classes))).any(1)
+    safe = labels.clamp(0, classes - 1)
+    log_p = torch.log_softmax(logits, -1).gather(-1, safe.unsqueeze(-1)).squeeze(-1)
+    loss = -(log_p * counts).sum(1) / counts.sum(1)
+    return torch.where(wrong, torch.nan, loss)
+
+

@@ -1,0 +1,183 @@
+"""A model that runs for T tasks at once, each with its own parameters.
+
+Three ways, the first that can: "chain" (known layers, no vmap), "vmap" (any forward that
+`torch.func.vmap` can run; autograd is outside of it), "each" (task after task).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable
+from fastkfo.inner_loop.chain import Layer, chain_of
+from fastkfo.inner_loop.interception import Interception
+from fastkfo.utils import ParameterSlots
+
+
+class TaskModel:
+    """Calls a module for T tasks.
+
+    Args:
+        module: a clone of the user's; between calls its slots hold what they hold now.
+        tasks: T.
+        buffers: "shared", "frozen" or "per_task", see TaskBuffers.
+        each: whether to go task after task.
+        own: for each parameter, whether every task has its own.
+    """
+
+    def __init__(
+        self, module: nn.Module, tasks: int, buffers: str, each: bool, own: Sequence[bool]
+    ) -> None:
+        self.module, self.tasks, self.own = module, tasks, list(own)
+        self.slots = ParameterSlots(module)
+        self.buffers = TaskBuffers(module, tasks, buffers)
+        self.layers: list[Layer] | None = None
+        if not each and all(self.own):
+            self.layers = chain_of(module)
+        self.way = "vmap" if self.layers is None else "chain"
+        self.buffers.counted_each = tasks
+        if each:
+            self.go_one_by_one()
+        self.recurrent = any([isinstance(m, nn.RNNBase) for m in module.modules()])
+
+    def go_one_by_one(self) -> None:
+        """From now on, task after task."""
+        self.way, self.layers, self.buffers.counted_each = "each", None, 1
+
+    def __call__(
+        self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any
+    ) -> Any:
+        """Call the module for every task.
+
+        Args:
+            theta: its parameters, `[T, ...]` where they are a task's own.
+            second_order: whether the result is differentiated twice.
+            args: of the module, any pytree; every tensor `[T, ...]`.
+            kwargs: likewise.
+
+        Returns:
+            What the module returns, every tensor with a leading T.
+
+        Raises:
+            Unbatchable: it cannot run this way; parameters and buffers are as they were.
+        """
+        old = self.slots.params
+        try:
+            if self.way == "each":
+                return self._one_by_one(theta, second_order, args, kwargs)
+            if self.layers is not None and _is_one_batch(args, kwargs):
+                return self._chained(self.layers, theta, args[0])
+            return self._vmapped(theta, second_order, args, kwargs)
+        finally:
+            self.slots.put(old)
+
+    def _chained(self, layers: list[Layer], theta: Sequence[Tensor], x: Tensor) -> Tensor:
+        self.slots.put(list(theta))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def _vmapped(
+        self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any
+    ) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def one(rows: list[Tensor], inputs: list[Tensor]) -> Any:
+            own, filled = iter(rows), list(leaves)
+            self.slots.put(
+                [next(own) if o else p for o, p in zip(self.own, theta, strict=True)]
+            )
+            for k, x in zip(places, inputs, strict=True):
+                filled[k] = x
+            given, named = tree_unflatten(filled, spec)
+            return self.module(*given, **named)
+
+        rows = [p for p, own in zip(theta, self.own, strict=True) if own]
+        try:
+            with Interception(self.buffers, second_order):
+                outputs = vmap(one, randomness="different")(rows, [leaves[k] for k in places])
+            self.buffers.accept(unchanged=True)
+        except Exception as error:
+            self.buffers.discard()
+            raise Unbatchable(f"{self._where(error)}: {_first_line(error)}") from error
+        return outputs
+
+    def _one_by_one(
+        self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any
+    ) -> Any:
+        outputs = []
+        try:
+            with self._kernels(second_order), Interception(self.buffers, second_order):
+                for t in range(self.tasks):
+                    self.buffers.rows = slice(t, t + 1)
+                    self.slots.put(
+                        [p[t] if own else p for p, own in zip(theta, self.own, strict=True)]
+                    )
+                    given, named = tree_map(lambda x: _row(x, t), (args, kwargs))  # noqa: B023
+                    outputs.append(self.module(*given, **named))
+        except BaseException:
+            self.buffers.discard()
+            raise
+        finally:
+            self.buffers.rows = slice(0, self.tasks)
+        self.buffers.accept(unchanged=False)
+        return stack(outputs)
+
+    def _kernels(self, second_order: bool) -> AbstractContextManager[Any]:
+        """cuDNN's recurrent kernels have no second derivative."""
+        if second_order and self.recurrent and torch.backends.cudnn.enabled:
+            return torch.backends.cudnn.flags(enabled=False)
+        return nullcontext()
+
+    def _where(self, error: BaseException) -> str:
+        """The innermost module that an error comes from."""
+        names = {id(m): name for name, m in self.module.named_modules()}
+        found, trace = self.module, error.__traceback__
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in names:
+                found = owner
+            trace = trace.tb_next
+        name = names[id(found)]
+        return type(found).__name__ + (f" ({name!r})" if name else "")
+
+
+def _is_one_batch(args: Any, kwargs: Any) -> bool:
+    return len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() > 2
+
+
+def _row(x: Any, t: int) -> Any:
+    return x[t] if isinstance(x, Tensor) else x
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """One pytree from one per task; tensors are stacked, anything else is the first's."""
+    flat = [tree_flatten(tree)[0] for tree in trees]
+    leaves = [
+        torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+        for leaves in map(list, zip(*flat, strict=True))
+    ]
+    return tree_unflatten(leaves, tree_flatten(trees[0])[1])
+
+
+def check_tasks(name: str, tree: Any, tasks: int) -> None:
+    """Raise ValueError unless every tensor of a pytree has T rows."""
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != tasks):
+            raise ValueError(
+                f"{name}: expected {tasks} tasks on the first axis of every tensor, "
+                f"got shape {list(leaf.shape)}"
+            )

@@ -1,0 +1,229 @@
+"""K inner steps and the query loss of T tasks of equal shapes, as functions of explicit tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.inner_loop.containment import Contained, finite_rows, spread
+from fastkfo.inner_loop.inputs import Batch, joined, parted
+from fastkfo.inner_loop.leaves import Layout, Leaves
+from fastkfo.inner_loop.loss import PerTask, per_task
+from fastkfo.inner_loop.model import TaskModel
+from fastkfo.inner_loop.step import InnerStep, Rule
+from fastkfo.optim.differentiate import gradients
+from fastkfo.utils import ParameterSlots, clone_module
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change from one group of tasks to the next.
+
+    Attributes:
+        rule: how the learner adapts.
+        loss: of a task's support.
+        query_loss: of a task's query.
+        features: a feature extractor that is not adapted, or None.
+        steps: K.
+        memory: "full", "checkpoint" or "adjoint".
+        buffers: "shared", "frozen" or "per_task".
+        each: whether the model runs task after task.
+    """
+
+    rule: Rule
+    loss: Any
+    query_loss: Any
+    features: nn.Module | None
+    steps: int
+    memory: str
+    buffers: str
+    each: bool
+
+
+class State(NamedTuple):
+    """Where the tasks are before a step.
+
+    Attributes:
+        theta: θ, `[T, ...]`; without T where a parameter is frozen.
+        phi: φ, `[T, ...]` where it is adapted.
+        last: with an adapted φ, the gradients of the step before.
+    """
+
+    theta: list[Tensor]
+    phi: list[Tensor]
+    last: list[Tensor | None] | None = None
+
+
+class Outcome(NamedTuple):
+    """What comes of a run.
+
+    Attributes:
+        loss: query losses `[T]`, or None.
+        predictions: of the query, `[T, Q, ...]`, detached; None without query inputs.
+        support_loss: `[T, K]`, detached: the losses that were adapted to.
+        finite: `[T]`, whether a task's numbers all are.
+    """
+
+    loss: Tensor | None
+    predictions: Any
+    support_loss: Tensor
+    finite: Tensor
+
+
+class Run:
+    """One group of tasks.
+
+    Args:
+        settings: see there.
+        batch: the tasks; only their arrangement is kept.
+        tasks: T.
+        weighted: whether the query loss is the weighted sum of those after every step.
+    """
+
+    def __init__(self, settings: Settings, batch: Batch, tasks: int, weighted: bool) -> None:
+        self.settings, self.tasks, self.weighted = settings, tasks, weighted
+        rule, each = settings.rule, settings.each
+        self.layout = Layout(batch)
+        self.own = [p.requires_grad for p in ParameterSlots(rule.module).params]
+        self.model = TaskModel(
+            clone_module(rule.module), tasks, settings.buffers, each, self.own
+        )
+        self.step = InnerStep(rule, tasks)
+        slots = self.step.slots
+        self.learned = [] if slots is None else [p.requires_grad for p in slots.params]
+        self.features: TaskModel | None = None
+        if settings.features is not None:
+            count = len(ParameterSlots(settings.features).params)
+            self.features = TaskModel(
+                clone_module(settings.features), tasks, settings.buffers, each, [False] * count
+            )
+        self.outcome: Outcome | None = None  # of a run inside an autograd Function
+        self.support = TaskLoss(settings.loss, tasks, each)
+        self.query = (
+            self.support
+            if settings.query_loss is settings.loss
+            else TaskLoss(settings.query_loss, tasks, each)
+        )
+
+    @property
+    def buffers(self) -> list[TaskBuffers]:
+        """The buffers of the model and of the feature extractor."""
+        models = [self.model] if self.features is None else [self.model, self.features]
+        return [model.buffers for model in models]
+
+    def start(self, leaves: Leaves) -> State:
+        """θ and φ before the first step."""
+        own = iter(spread([p for p, o in zip(leaves.theta, self.own, strict=True) if o], self.tasks))
+        theta = [next(own) if o else p for p, o in zip(leaves.theta, self.own, strict=True)]
+        adapted = self.settings.rule.adapt_transform
+        return State(theta, spread(leaves.phi, self.tasks) if adapted else list(leaves.phi))
+
+    def featured(self, leaves: Leaves) -> Batch:
+        """The batch, its inputs taken through the feature extractor."""
+        batch = self.layout.batch(leaves.data)
+        if self.features is None:
+            return batch
+        both = batch.x_s if batch.x_q is None else joined(batch.x_s, batch.x_q)
+        contained = Contained(self.tasks)
+        entered = contained.enter(tree_leaves(both))
+        seen = self.features(leaves.features, False, (_like(both, entered),), {})
+        seen = _like(seen, contained.leave(tree_leaves(seen)))
+        if batch.x_q is None:
+            return batch._replace(x_s=seen)
+        x_s, x_q = parted(seen, batch.x_s)
+        return batch._replace(x_s=x_s, x_q=x_q)
+
+    def gradient(
+        self, theta: list[Tensor], losses: list[Tensor], batch: Batch, graph: bool
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """g at θ, differentiable if `graph` and not first order; and the support losses."""
+        rule = self.settings.rule
+        create_graph = graph and not rule.first_order
+        with torch.enable_grad():
+            predictions = self.model(theta, create_graph, (batch.x_s,), {})
+            loss = self.support(losses, create_graph, predictions, batch.y_s)
+            g = gradients(
+                loss.sum(), theta, create_graph, create_graph, rule.allow_unused, rule.allow_nograd
+            )
+        return g, loss.detach()
+
+    def moved(
+        self, state: State, g: list[Tensor | None], rates: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """θ and φ after a step along g."""
+        phi = state.phi
+        if state.last is not None:
+            phi = self.step.phi(phi, rates, state.last, g, self.settings.rule.allow_unused)
+        return self.step.theta(state.theta, phi, rates, g), phi
+
+    def after_step(
+        self, state: State, leaves: Leaves, batch: Batch, graph: bool
+    ) -> tuple[State, Tensor]:
+        """The state after one step, and the support losses before it."""
+        g, loss = self.gradient(state.theta, leaves.losses, batch, graph)
+        theta, phi = self.moved(state, g, leaves.rates)
+        return State(theta, phi, g if self.settings.rule.adapt_transform else None), loss
+
+    def ask(self, theta: list[Tensor], losses: list[Tensor], batch: Batch) -> tuple[Any, Any]:
+        """Query losses `[T]`, or None without targets, and predictions."""
+        if batch.x_q is None:
+            return None, None
+        predictions = self.model(theta, False, (batch.x_q,), {})
+        if batch.y_q is None:
+            return None, predictions
+        own = losses if self.query is self.support else losses[self.support.count :]
+        return self.query(own, False, predictions, batch.y_q), predictions
+
+
+class TaskLoss:
+    """A loss for T tasks; one with parameters of its own runs as a model does."""
+
+    def __init__(self, loss: Any, tasks: int, each: bool) -> None:
+        self.tasks, self.model = tasks, None
+        self.count = 0
+        if isinstance(loss, nn.Module) and (params := ParameterSlots(loss).params):
+            self.count = len(params)
+            self.own = [p.requires_grad for p in params]
+            self.model = TaskModel(clone_module(loss), tasks, "frozen", each, self.own)
+        else:
+            self.loss: PerTask = per_task(loss)
+
+    def __call__(
+        self, params: Sequence[Tensor], second_order: bool, predictions: Any, targets: Any
+    ) -> Tensor:
+        """`[T]`."""
+        if self.model is None:
+            return self.loss(predictions, targets)
+        rows = iter(spread([p for p, o in zip(params, self.own, strict=False) if o], self.tasks))
+        theta = [next(rows) if o else p for p, o in zip(params, self.own, strict=False)]
+        found = self.model(theta, second_order, (predictions, targets), {})
+        if not isinstance(found, Tensor) or found.shape != (self.tasks,):
+            got = list(found.shape[1:]) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"loss: expected one number per task, got {got} for each")
+        return found
+
+
+def _like(tree: Any, leaves: Sequence[Any]) -> Any:
+    values = iter(leaves)
+    return tree_map(lambda _: next(values), tree)
+
+
+def outcome(
+    loss: Tensor | None, predictions: Any, support: list[Tensor], tasks: int, like: Tensor
+) -> Outcome:
+    """Put together what a run has given."""
+    detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, predictions)
+    losses = torch.stack(support, 1) if support else like.new_zeros(tasks, 0)
+    seen = [x for x in (loss, losses) if x is not None and x.numel()]
+    if loss is None and predictions is not None:
+        seen += [x for x in tree_leaves(detached) if isinstance(x, Tensor)]
+    rows = finite_rows(seen, tasks)
+    if rows is None:
+        rows = losses.new_ones(tasks, dtype=torch.bool)
+    return Outcome(loss, detached, losses, rows)

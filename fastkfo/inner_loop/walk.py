@@ -1,0 +1,111 @@
+"""Inner loops forwards: with their graph, or step by step without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkfo.inner_loop.ambience import Ambience
+from fastkfo.inner_loop.inputs import Batch
+from fastkfo.inner_loop.leaves import Leaves
+from fastkfo.inner_loop.run import Outcome, Run, State, outcome
+
+
+def unrolled(run: Run, leaves: Leaves, batch: Batch) -> tuple[Outcome, State]:
+    """All steps, with their graph; and the state after the last."""
+    state = run.start(leaves)
+    support: list[Tensor] = []
+    queries: list[Tensor] = []
+    predictions: Any = None
+    for k in range(run.settings.steps):
+        state, loss = run.after_step(state, leaves, batch, graph=True)
+        support.append(loss)
+        if run.weighted:
+            query, predictions = run.ask(state.theta, leaves.losses, batch)
+            queries.append(leaves.weights[0][k] * query)
+    if run.weighted:
+        total = torch.stack(queries).sum(0)
+    else:
+        total, predictions = run.ask(state.theta, leaves.losses, batch)
+    return outcome(total, predictions, support, run.tasks, leaves.data[0]), state
+
+
+class Walk:
+    """All steps, without their graph.
+
+    Args:
+        run: the tasks.
+        leaves: the arguments.
+        batch: the tasks' data, behind the feature extractor.
+        keep: whether the backward pass shall be possible.
+
+    Attributes:
+        outcome: what came of it.
+        states: before every step, and after the last.
+        before: the ambience of every step.
+        asked: that of every pass over the query.
+        queries: the losses of these.
+    """
+
+    def __init__(self, run: Run, leaves: Leaves, batch: Batch, keep: bool) -> None:
+        self.run, self.keep = run, keep
+        self.states: list[State] = []
+        self.before: list[Ambience] = []
+        self.asked: list[Ambience] = []
+        self.queries: list[Tensor] = []
+        self._device = leaves.data[0].device
+        with torch.no_grad():
+            self.outcome = self._all(leaves, batch)
+
+    def _all(self, leaves: Leaves, batch: Batch) -> Outcome:
+        run, steps = self.run, self.run.settings.steps
+        state = run.start(leaves)
+        support: list[Tensor] = []
+        predictions: Any = None
+        for k in range(steps):
+            self._remember(state, self.before)
+            state, loss = run.after_step(self._cut(state), leaves, batch, graph=False)
+            state = State(*[None if x is None else cut(x, [False] * len(x)) for x in state])
+            support.append(loss)
+            if run.weighted or k == steps - 1:
+                predictions = self._ask(state, leaves, batch)
+        if steps == 0:
+            predictions = self._ask(state, leaves, batch)
+        self.states.append(state)
+        total = None
+        if self.queries:
+            weights = leaves.weights[0] if run.weighted else None
+            total = self.queries[-1] if weights is None else weights @ torch.stack(self.queries)
+        return outcome(total, predictions, support, run.tasks, leaves.data[0])
+
+    def _ask(self, state: State, leaves: Leaves, batch: Batch) -> Any:
+        if self.keep:
+            self.asked.append(Ambience(self._device, self.run.buffers))
+        loss, predictions = self.run.ask(state.theta, leaves.losses, batch)
+        if loss is not None:
+            self.queries.append(loss)
+        return predictions
+
+    def _remember(self, state: State, where: list[Ambience]) -> None:
+        if self.keep:
+            where.append(Ambience(self._device, self.run.buffers))
+            adjoint = self.run.settings.memory == "adjoint"  # computes the last gradients again
+            self.states.append(state._replace(last=None) if adjoint else state)
+
+    def _cut(self, state: State) -> State:
+        """The state, to be differentiated in."""
+        phi = state.phi
+        if self.run.settings.rule.adapt_transform:
+            phi = cut(phi, self.run.learned)
+        return State(cut(state.theta, self.run.own), phi, state.last)
+
+
+def cut(tensors: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """The tensors without their graph; those that are wanted require a gradient."""
+    return [
+        None if x is None else x.detach().requires_grad_(w)
+        for x, w in zip(tensors, wanted, strict=True)
+    ]
