@@ -26,4 +26,11 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
   m.def("gram(Tensor[] factors) -> Tensor[]");
   m.def("gram_vjp(Tensor[] factors, Tensor[] cotangents) -> Tensor[]");
   m.def("gram_jvp(Tensor[] factors, Tensor[] tangents) -> Tensor[]");
+
+  // the mean loss of every task, softmax, and (softmax - unit vectors)/S; the derivative of
+  // cotangent * residual along v
+  m.def("cross_entropy(Tensor logits, Tensor labels) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_double_backward(Tensor v, Tensor cotangent, Tensor p, Tensor residual) -> "
+      "(Tensor, Tensor)");
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ def finite_rows(tensors: Sequence[Tensor | None], tasks: int) -> Tensor | None:
         return None
     if all([x.device.type == "cpu" for x in present]):
         # One pass in one call. A sum that overflows only leads to the second look.
-        norms = torch._foreach_norm(present, 1)
-        if all([x.isfinite().item() for x in norms]):
+        if all([isfinite(x.item()) for x in torch._foreach_norm(present, 1)]):
             return None
     rows = [x.isfinite().reshape(tasks, -1).all(1) for x in present]
     return rows[0] if len(rows) == 1 else torch.stack(rows).all(0)

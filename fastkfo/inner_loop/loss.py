@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from fastkfo.functional.cross_entropy import CrossEntropy
+from fastkfo.functional.cross_entropy import check_range, cross_entropy_unchecked
 from fastkfo.optim.recognise import is_plain
 
 Loss = Callable[..., Tensor]
@@ -149,27 +149,20 @@ class _CrossEntropy:
             return _without_a_look(logits, labels)
         if not self._in_range(labels, logits.shape[-1]):
             return None
-        result: Tensor = CrossEntropy.apply(logits, labels)
-        return result
+        return cross_entropy_unchecked(logits, labels)
 
     def _in_range(self, labels: Tensor, classes: int) -> bool:
         """Whether labels are in range; those of every step's support are looked at once."""
         if self._checked is not None:
             seen, version, count = self._checked
-            if seen() is labels and version == _version(labels) and count == classes:
+            if seen() is labels and version == labels._version and count == classes:
                 return True
-        low, high = (int(x) for x in labels.aminmax())
-        if low == -100:  # F.cross_entropy's own mark for "does not count"
+        if (labels == -100).any():  # F.cross_entropy's own mark for what does not count
             return False
-        if low < 0 or high >= classes:
-            bad = low if low < 0 else high
-            raise ValueError(f"targets: expected labels from 0 to {classes - 1}, got {bad}")
-        self._checked = (weakref.ref(labels), _version(labels), classes)
+        check_range("targets", labels, classes)
+        if not labels.is_inference():
+            self._checked = (weakref.ref(labels), labels._version, classes)
         return True
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def _without_a_look(logits: Tensor, labels: Tensor) -> Tensor:

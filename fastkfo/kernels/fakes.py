@@ -22,7 +22,9 @@ def register() -> None:
         for name in ("kron_forward", "kron_backward", "kron_double_backward"):
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
             _negative.impl(name, partial(_without_negative_views, name), "Negative")
-        for name in ("gram", "gram_vjp", "gram_jvp"):
+        for name in (
+            "gram", "gram_vjp", "gram_jvp", "cross_entropy", "cross_entropy_double_backward",
+        ):  # fmt: skip
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
 
 
@@ -84,3 +86,12 @@ def _gram_vjp(factors, cotangents):  # type: ignore[no-untyped-def]
 
 def _gram_jvp(factors, tangents):  # type: ignore[no-untyped-def]
     return [_square(factor) for factor in factors]
+
+
+def _cross_entropy(logits, labels):  # type: ignore[no-untyped-def]
+    full = logits.new_empty(logits.shape)
+    return logits.new_empty(logits.shape[:1]), full, torch.empty_like(full)
+
+
+def _cross_entropy_double_backward(v, cotangent, p, residual):  # type: ignore[no-untyped-def]
+    return p.new_empty(p.shape[:1]), p.new_empty(p.shape)
