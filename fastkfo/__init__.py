@@ -7,7 +7,7 @@ and `vision.models`.
 from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
-from fastkfo.inner_loop import BatchedLearner, InnerLoop, per_task
+from fastkfo.inner_loop import BatchedLearner, InnerLoop, explain, per_task
 from fastkfo.kernels.selector import ImplementationUnavailable
 from fastkfo.utils import (
     accuracy,
@@ -37,6 +37,7 @@ __all__ = [
     "clone_parameters",
     "detach_distribution",
     "detach_module",
+    "explain",
     "flatten_config",
     "functional",
     "magic_box",

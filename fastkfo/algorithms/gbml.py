@@ -111,7 +111,7 @@ class GBML(nn.Module):
 
         Raises:
             TypeError: the model has been compiled, or `tasks` is no int.
-            ValueError: `tasks` is below 1, or this learner's step cannot be taken for several tasks.
+            ValueError: `tasks` is below 1, or this learner's step cannot be batched.
 
         A clone keeps `LᵀL` of its factors from step to step. It notices when they are changed in
         place, but not through `.data`, which leaves no trace. Like every tensor with a graph, a

@@ -53,9 +53,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, implementation: str = "auto
             f"labels: expected shape {list(logits.shape[:2])}, got {list(labels.shape)}"
         )
     if labels.device != logits.device:
-        raise ValueError(
-            f"labels: expected device {logits.device} as logits, got {labels.device}"
-        )
+        raise ValueError(f"labels: expected device {logits.device} as logits, got {labels.device}")
     if not torch._C._are_functorch_transforms_active():
         check_range("labels", labels, logits.shape[-1])
     return cross_entropy_unchecked(logits, labels, implementation)
@@ -91,7 +89,7 @@ class CrossEntropy(Function):
         loss, p, residual = run(logits, labels)
         ctx.save_for_backward(logits, labels, p, residual)
         ctx.native = native
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:

@@ -50,3 +50,11 @@ class Ambience:
             for buffers, snapshot in zip(self.buffers, self.snapshots, strict=True):
                 buffers.restore(snapshot)
             yield
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Within this, random draws leave no trace."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        yield

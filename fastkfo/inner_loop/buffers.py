@@ -104,8 +104,9 @@ class TaskBuffers:
                 self.counters.append(Counter(count, copy))
             batches = count if owner.momentum is None else None
             for key in ("running_mean", "running_var"):
-                original, copy = originals.pop(key, None), held.get(key)
-                if original is not None and copy is not None:
+                copy = held.get(key)
+                if key in originals and copy is not None:
+                    original = originals.pop(key)
                     found = Statistic(original, copy, self.tasks, batches)
                     self.statistics.setdefault(id(copy), found)
         for key, original in originals.items():

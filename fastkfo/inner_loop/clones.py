@@ -64,7 +64,9 @@ def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outc
         ask()
     total = None
     if queries:
-        total = queries[-1] if weights is None else weights @ torch.stack(queries)
+        total = queries[-1]
+        if weights is not None:
+            total = torch.stack([w * q for w, q in zip(weights, queries, strict=True)]).sum()
         total = total.reshape(1)
     predictions = tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, predictions)
     return outcome(total, predictions, support, 1, tree_leaves(row.x_s)[0])

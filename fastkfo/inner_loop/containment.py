@@ -28,10 +28,10 @@ def finite_rows(tensors: Sequence[Tensor | None], tasks: int) -> Tensor | None:
     present = [x.detach() for x in tensors if x is not None and x.is_floating_point()]
     if not present:
         return None
-    if all([x.device.type == "cpu" for x in present]):
-        # One pass in one call. A sum that overflows only leads to the second look.
-        if all([isfinite(x.item()) for x in torch._foreach_norm(present, 1)]):
-            return None
+    # One pass in one call. A sum that overflows only leads to the second look.
+    on_cpu = all([x.device.type == "cpu" for x in present])
+    if on_cpu and all([isfinite(x.item()) for x in torch._foreach_norm(present, 1)]):
+        return None
     rows = [x.isfinite().reshape(tasks, -1).all(1) for x in present]
     return rows[0] if len(rows) == 1 else torch.stack(rows).all(0)
 
@@ -76,8 +76,8 @@ def spread(tensors: Sequence[Tensor], tasks: int) -> list[Tensor]:
 class Contained:
     """What enters and leaves a computation with tensors that all tasks share.
 
-    A task that enters with a row that is not finite is computed with zeros and leaves as NaN: zeros,
-    because the gradient of what is shared is a sum of products with what entered.
+    A task that enters with a row that is not finite is computed with zeros and leaves as NaN. With
+    zeros, because the gradient of what is shared is a sum of products with what entered.
 
     Args:
         tasks: T.

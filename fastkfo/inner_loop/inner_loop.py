@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastkfo.functional import checks
 from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
 from fastkfo.inner_loop.clones import by_clones
 from fastkfo.inner_loop.inputs import Batch, Group, check_batch, grouped
-from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
-from fastkfo.inner_loop.loss import per_task
+from fastkfo.inner_loop.leaves import Leaves
+from fastkfo.inner_loop.options import (
+    as_loss,
+    check_choice,
+    check_weights,
+    learner_options,
+    overridden,
+    params_of,
+    rule_of,
+)
 from fastkfo.inner_loop.pieces import run_pieces, together
 from fastkfo.inner_loop.run import Outcome, Settings, TaskLoss
-from fastkfo.inner_loop.step import Rule
-from fastkfo.utils import ParameterSlots
 
 BACKENDS = ("auto", "fused", "batched", "loop")
 
@@ -53,8 +57,8 @@ class InnerLoop(nn.Module):
         allow_unused: (GBML, MAML) whether parameters that a loss does not use are left as they are.
         allow_nograd: (GBML, MAML) whether parameters that require no gradient are left.
         memory: "full" keeps the whole graph, "checkpoint" the state before every step, "adjoint" no
-            more than θ; the latter two compute every step once more in the backward pass, and can be
-            differentiated once. Same gradients, same random draws.
+            more than θ; the latter two compute every step once more in the backward pass, and are
+            differentiable once. Same gradients, same random draws.
         buffers: "shared": batch norms' running statistics end up as learn2learn's loop leaves them;
             in eval mode they are read as they were before. "frozen": they do not move. "per_task":
             every task goes on with its own.
@@ -97,19 +101,18 @@ class InnerLoop(nn.Module):
         capture: str | bool = "auto",
     ) -> None:
         super().__init__()
-        options = {
+        given = {
             "first_order": first_order,
             "adapt_transform": adapt_transform,
             "allow_unused": allow_unused,
             "allow_nograd": allow_nograd,
         }
-        self._options = {name: value for name, value in options.items() if value is not None}
-        check_learner(learner, self._options)
+        self._options = learner_options(learner, given)
         check_count("steps", steps, 0)
-        _check_choice("memory", memory, memory_modes.MODES)
-        _check_choice("buffers", buffers, task_buffers.MODES)
-        _check_choice("backend", backend, BACKENDS)
-        _check_choice("capture", capture, ("auto", True, False))
+        check_choice("memory", memory, memory_modes.MODES)
+        check_choice("buffers", buffers, task_buffers.MODES)
+        check_choice("backend", backend, BACKENDS)
+        check_choice("capture", capture, ("auto", True, False))
         if chunk_size is not None:
             check_count("chunk_size", chunk_size, 1)
         if features is not None and not isinstance(features, nn.Module):
@@ -120,8 +123,8 @@ class InnerLoop(nn.Module):
                 "inner loop yet"
             )
         self.learner, self.features, self.steps = learner, features, steps
-        self.loss = _as_loss("loss", loss)
-        self.query_loss = self.loss if query_loss is None else _as_loss("query_loss", query_loss)
+        self.loss = as_loss("loss", loss)
+        self.query_loss = self.loss if query_loss is None else as_loss("query_loss", query_loss)
         self.memory, self.buffer_mode = memory, buffers
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
@@ -166,8 +169,8 @@ class InnerLoop(nn.Module):
             raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
         groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
         counts = [check_batch(group.batch) for group in groups]
-        settings = self._settings(steps)
-        weights = _check_weights(step_weights, settings.steps, y_q, groups[0].batch)
+        settings = self.settings(steps)
+        weights = check_weights(step_weights, settings.steps, y_q, groups[0].batch)
         with _normal_mode():
             if isinstance(x_s, list):
                 return self._listed(settings, groups, weights)
@@ -187,17 +190,17 @@ class InnerLoop(nn.Module):
 
         Raises:
             TypeError: an input is of the wrong type.
-            ValueError: inputs do not have the same T or are empty, or the learner cannot be batched.
+            ValueError: inputs do not fit or are empty, or the learner cannot be batched.
         """
         batch = Batch(x_s, y_s)
         tasks = check_batch(batch)
-        settings = self._settings(steps)
+        settings = self.settings(steps)
         with _normal_mode():
             batch = self._normal(batch)
             with torch.enable_grad():
                 learner = BatchedLearner(settings.rule, tasks, self.buffer_mode)
                 loss = TaskLoss(self.loss, tasks, each=False)
-                params = self._leaves(batch, None).losses
+                params = self.leaves(batch, None).losses
                 second_order = not settings.rule.first_order
                 for _ in range(settings.steps):
                     predictions = learner(batch.x_s)
@@ -210,7 +213,8 @@ class InnerLoop(nn.Module):
             return "backend='loop'"
         return self._own_step() or self._refused
 
-    def _settings(self, steps: int | None) -> Settings:
+    def settings(self, steps: int | None = None) -> Settings:
+        """What does not change from task to task."""
         if steps is not None:
             check_count("steps", steps, 0)
         return Settings(
@@ -228,17 +232,18 @@ class InnerLoop(nn.Module):
         rule = rule_of(self.learner, self._options)
         return rule.why_not_batched() or overridden(self.learner)
 
-    def _leaves(self, batch: Batch, weights: Tensor | None) -> Leaves:
+    def leaves(self, batch: Batch, weights: Tensor | None) -> Leaves:
+        """Every tensor that a meta-gradient can reach."""
         rule = rule_of(self.learner, self._options)
         losses = [x for x in (self.loss, self.query_loss) if isinstance(x, nn.Module)]
         if self.query_loss is self.loss:
             losses = losses[:1]
         return Leaves(
-            theta=_params(rule.module),
-            phi=_params(rule.compute_update),
+            theta=params_of(rule.module),
+            phi=params_of(rule.compute_update),
             rates=rule.rates,
-            features=_params(self.features),
-            losses=[p for loss in losses for p in _params(loss)],
+            features=params_of(self.features),
+            losses=[p for loss in losses for p in params_of(loss)],
             weights=[] if weights is None else [weights],
             data=tree_flatten(tuple(batch))[0],
         )
@@ -262,15 +267,13 @@ class InnerLoop(nn.Module):
         _commit(parts, None)
         return found
 
-    def _listed(
-        self, settings: Settings, groups: list[Group], weights: Tensor | None
-    ) -> Outcome:
+    def _listed(self, settings: Settings, groups: list[Group], weights: Tensor | None) -> Outcome:
         """Tasks of any shapes, group by group; or one by one, in their order."""
         groups = [group._replace(batch=self._normal(group.batch)) for group in groups]
         indices = [t for group in groups for t in group.indices]
         order = torch.tensor(indices).argsort()
-        tasks = sorted([(t, group, k) for group in groups for k, t in enumerate(group.indices)],
-                       key=lambda x: x[0])  # fmt: skip
+        places = {t: (g.batch, k) for g in groups for k, t in enumerate(g.indices)}
+        rows = [batch.rows(k, k + 1) for batch, k in (places[t] for t in range(len(places)))]
 
         def batched() -> tuple[Outcome, Parts]:
             found = []
@@ -282,17 +285,11 @@ class InnerLoop(nn.Module):
 
         def one_by_one() -> tuple[Outcome, Parts]:
             each = replace(settings, each=True)
-            found = [
-                self._pieces(each, group.batch.rows(k, k + 1), 1, weights, 1)
-                for _, group, k in tasks
-            ]
+            found = [self._pieces(each, row, 1, weights, 1) for row in rows]
             return _in_order([x for x, _ in found], None), [p for _, ps in found for p in ps]
 
         def clones() -> tuple[Outcome, Parts]:
-            found = [
-                by_clones(self.learner, self._options, settings, group.batch.rows(k, k + 1), weights)
-                for _, group, k in tasks
-            ]
+            found = [by_clones(self.learner, self._options, settings, row, weights) for row in rows]
             return _in_order(found, None), []
 
         before = self._refused
@@ -304,7 +301,7 @@ class InnerLoop(nn.Module):
     def _pieces(
         self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None, size: int
     ) -> tuple[Outcome, Parts]:
-        leaves = self._leaves(batch, weights)
+        leaves = self.leaves(batch, weights)
         return run_pieces(settings, leaves, batch, tasks, size, self.chunk_size is not None)
 
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
@@ -352,9 +349,7 @@ class InnerLoop(nn.Module):
     @staticmethod
     def _normal(batch: Batch) -> Batch:
         """Tensors of inference mode have no place in a graph, not even an inner step's."""
-        return Batch(
-            *tree_map(lambda x: x.clone() if x.is_inference() else x, tuple(batch))
-        )
+        return Batch(*tree_map(lambda x: x.clone() if x.is_inference() else x, tuple(batch)))
 
     def extra_repr(self) -> str:
         """The options that are not the default ones."""
@@ -366,72 +361,6 @@ class InnerLoop(nn.Module):
 
 Parts = list[list[TaskBuffers]]
 Way = Callable[[], tuple[Outcome, Parts]]
-
-
-def rule_of(learner: Any, options: dict[str, Any]) -> Rule:
-    """How a learner adapts, with some options in place of its own."""
-    rule: Rule = learner.rule(**options)
-    return rule
-
-
-def check_learner(learner: Any, options: dict[str, Any]) -> None:
-    """Raise unless it is a learner that knows these options."""
-    rule = getattr(type(learner), "rule", None)
-    if not isinstance(learner, nn.Module) or rule is None:
-        raise TypeError(
-            f"learner: expected a GBML, a MAML or a MetaSGD, got {type(learner).__name__}"
-        )
-    known = inspect.signature(rule).parameters
-    for name, value in options.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool or None, got {type(value).__name__}")
-        if name not in known and value:
-            raise ValueError(f"{name}: expected None, as {type(learner).__name__} has no such option")
-
-
-def overridden(learner: nn.Module) -> str | None:
-    """Why a learner of a class of the user's own is known by its methods alone, or None."""
-    base = next(c for c in type(learner).__mro__ if c.__module__.startswith("fastkfo."))
-    for name in ("adapt", "clone", "forward"):
-        if getattr(type(learner), name) is not getattr(base, name):
-            return f"{type(learner).__name__} has a method {name!r} of its own"
-    return None
-
-
-def _params(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else ParameterSlots(module).params
-
-
-def _as_loss(name: str, loss: Any) -> Any:
-    if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
-        return loss
-    if not callable(loss):
-        raise TypeError(f"{name}: expected a callable, got {type(loss).__name__}")
-    return per_task(loss)
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if not any([value is choice or value == choice for choice in choices]):
-        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
-
-
-def _check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | None:
-    if weights is None:
-        return None
-    if y_q is None:
-        raise ValueError("step_weights: expected None without y_q, got weights")
-    like = next(x for x in tree_flatten(tuple(batch))[0])
-    if not isinstance(weights, Tensor):
-        for w in weights:
-            checks.finite("step_weights", w)
-        weights = torch.tensor(list(weights), dtype=torch.float64, device=like.device)
-    checks.floating_tensor("step_weights", weights)
-    if weights.shape != (steps,) or steps == 0:
-        raise ValueError(
-            f"step_weights: expected one weight for each of {steps} steps (at least one), "
-            f"got shape {list(weights.shape)}"
-        )
-    return weights
 
 
 def _commit(parts: Parts, order: Tensor | None) -> None:

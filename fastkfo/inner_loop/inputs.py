@@ -33,7 +33,13 @@ class Batch(NamedTuple):
 
 
 def check_batch(batch: Batch) -> int:
-    """The number of tasks.
+    """The number of tasks of a batch.
+
+    Args:
+        batch: the batch.
+
+    Returns:
+        T.
 
     Raises:
         TypeError: something is no tensor.
@@ -88,9 +94,7 @@ def grouped(given: Batch) -> list[Group]:
     present = {name: x for name, x in given._asdict().items() if x is not None}
     for name, x in present.items():
         if not isinstance(x, list):
-            raise TypeError(
-                f"{name}: expected a list of tasks as in x_s, got {type(x).__name__}"
-            )
+            raise TypeError(f"{name}: expected a list of tasks as in x_s, got {type(x).__name__}")
         if len(x) != len(given.x_s) or not x:
             raise ValueError(
                 f"{name}: expected a list of {len(given.x_s)} tasks as in x_s, at least one, "
@@ -102,9 +106,7 @@ def grouped(given: Batch) -> list[Group]:
     return [
         Group(
             indices,
-            Batch(
-                *[None if x is None else stack([x[t] for t in indices]) for x in tuple(given)]
-            ),
+            Batch(*[None if x is None else stack([x[t] for t in indices]) for x in tuple(given)]),
         )
         for indices in groups.values()
     ]

@@ -27,11 +27,12 @@ class Interception(TorchFunctionMode):
     Args:
         buffers: of the model that runs.
         second_order: whether what runs is differentiated twice.
+        replaced: is told what was given another form: function -> form.
     """
 
-    def __init__(self, buffers: TaskBuffers, second_order: bool) -> None:
+    def __init__(self, buffers: TaskBuffers, second_order: bool, replaced: dict[str, str]) -> None:
         super().__init__()
-        self.buffers, self.second_order = buffers, second_order
+        self.buffers, self.second_order, self.replaced = buffers, second_order, replaced
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -46,11 +47,15 @@ class Interception(TorchFunctionMode):
 def _attention(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not mode.second_order:
         return func(*args, **kwargs)
+    mode.replaced[f"F.{func.__name__}"] = (
+        "the math form, since fused attention has no second derivative"
+    )
     with sdpa_kernel(SDPBackend.MATH):
         return func(*args, **kwargs)
 
 
 def _batch_norm(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    mode.replaced["F.batch_norm"] = "a formula per task, right where its own weights are adapted"
     return _batch_norm_call(mode.buffers, *args, **kwargs)
 
 
@@ -98,7 +103,8 @@ class _NormCall:
         buffers = self.buffers
         if not self.training:
             mean, var = buffers.own(self.mean), buffers.own(self.var)
-            assert mean is not None and var is not None
+            assert mean is not None
+            assert var is not None
             return norm.normalise(x, mean, var, weight, bias, self.eps)
         y, mean, var = norm.batch_norm(x, weight, bias, self.eps)
         if self.mean is not None:
@@ -124,9 +130,7 @@ class _TaskBatchNorm(Function):
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Any, bias: Any, call: _NormCall) -> Any:
         """The norm of T tasks; what has no task axis is shared."""
         rows = [
-            None
-            if t is None
-            else (t.unsqueeze(0) if d is None else t.movedim(d, 0))
+            None if t is None else (t.unsqueeze(0) if d is None else t.movedim(d, 0))
             for t, d in zip((x, weight, bias), in_dims[:3], strict=True)
         ]
         if in_dims[0] is None:
@@ -139,11 +143,3 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _attention,
 }
-
-
-def watched() -> list[str]:
-    """The names of the functions that are given another form."""
-    return [f"F.{func.__name__}" for func in _HANDLERS]
-
-
-__all__ = ["Interception", "watched"]

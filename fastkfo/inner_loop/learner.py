@@ -51,7 +51,9 @@ class BatchedLearner(nn.Module):
         if buffers not in MODES:
             raise ValueError(f"buffers: expected one of {MODES}, got {buffers!r}")
         if reason := rule.why_not_batched():
-            raise ValueError(f"tasks: expected a learner that can be batched, got one where {reason}")
+            raise ValueError(
+                f"tasks: expected a learner that can be batched, got one where {reason}"
+            )
         self.tasks, self._rule = tasks, rule
         slots = ParameterSlots(rule.module)
         own = [p.requires_grad for p in slots.params]
@@ -140,7 +142,7 @@ class BatchedLearner(nn.Module):
             index: which task; from the end if negative.
 
         Returns:
-            A clone of the model. Its buffers are those of the clone, with "per_task" the task's own.
+            A clone of the model. Its buffers are this clone's, with "per_task" the task's own.
 
         Raises:
             IndexError: there is no such task.
@@ -186,7 +188,7 @@ def check_losses(loss: object, tasks: int) -> None:
     if loss.shape != (tasks,):
         what = "a scalar" if loss.dim() == 0 else f"shape {list(loss.shape)}"
         hint = (
-            "; the gradient of a mean over tasks would be 1/T of each task's: compute the loss with "
+            "; a mean over tasks would give each 1/T of its gradient: compute the loss with "
             "fastkfo.per_task(loss), which gives one per task"
         )
         raise ValueError(f"loss: expected one loss per task, shape [{tasks}], got {what}{hint}")
@@ -200,5 +202,3 @@ def check_losses(loss: object, tasks: int) -> None:
 def leaves_of(tree: Any) -> Sequence[Tensor]:
     """The tensors of a pytree."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-

@@ -53,6 +53,11 @@ class PerTask:
         self.each = False
         self._kernel = _kernel_of(loss)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether all tasks are one call."""
+        return self._kernel is not None
+
     def __call__(self, predictions: Any, targets: Any, *more: Any) -> Tensor:
         """The loss of every task.
 
@@ -174,5 +179,3 @@ def _without_a_look(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = torch.log_softmax(logits, -1).gather(-1, safe.unsqueeze(-1)).squeeze(-1)
     loss = -(log_p * counts).sum(1) / counts.sum(1)
     return torch.where(wrong, torch.nan, loss)
-
-

@@ -157,9 +157,8 @@ class _Checkpoint(_Backwards):
         theta = cut(state.theta, run.own)
         phi = cut(state.phi, run.learned) if adapted else self.leaves.phi
         last = None if state.last is None else cut(state.last, [True] * count)
-        with self.walk.before[k].again():
-            with torch.enable_grad():
-                new, _ = run.after_step(State(theta, phi, last), self.leaves, self.batch, True)
+        with self.walk.before[k].again(), torch.enable_grad():
+            new, _ = run.after_step(State(theta, phi, last), self.leaves, self.batch, True)
         outputs = [*new.theta, *(new.phi if adapted else ()), *(new.last or ())]
         cotangents = [*at.theta, *(at.phi if adapted else ()), *(at.last if adapted else ())]
         inputs = [*theta, *(phi if adapted else ()), *(last or ())]
@@ -237,9 +236,7 @@ def pulled(outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[A
     if not pairs or not wanted:
         return [None] * len(inputs)
     found = iter(
-        torch.autograd.grad(
-            [x for x, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
-        )
+        torch.autograd.grad([x for x, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True)
     )
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 

@@ -39,6 +39,7 @@ class TaskModel:
         self.slots = ParameterSlots(module)
         self.buffers = TaskBuffers(module, tasks, buffers)
         self.layers: list[Layer] | None = None
+        self.replaced: dict[str, str] = {}  # functions that were given another form
         if not each and all(self.own):
             self.layers = chain_of(module)
         self.way = "vmap" if self.layers is None else "chain"
@@ -51,9 +52,7 @@ class TaskModel:
         """From now on, task after task."""
         self.way, self.layers, self.buffers.counted_each = "each", None, 1
 
-    def __call__(
-        self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any
-    ) -> Any:
+    def __call__(self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any) -> Any:
         """Call the module for every task.
 
         Args:
@@ -84,17 +83,13 @@ class TaskModel:
             x = layer(x)
         return x
 
-    def _vmapped(
-        self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any
-    ) -> Any:
+    def _vmapped(self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
         def one(rows: list[Tensor], inputs: list[Tensor]) -> Any:
             own, filled = iter(rows), list(leaves)
-            self.slots.put(
-                [next(own) if o else p for o, p in zip(self.own, theta, strict=True)]
-            )
+            self.slots.put([next(own) if o else p for o, p in zip(self.own, theta, strict=True)])
             for k, x in zip(places, inputs, strict=True):
                 filled[k] = x
             given, named = tree_unflatten(filled, spec)
@@ -102,7 +97,7 @@ class TaskModel:
 
         rows = [p for p, own in zip(theta, self.own, strict=True) if own]
         try:
-            with Interception(self.buffers, second_order):
+            with Interception(self.buffers, second_order, self.replaced):
                 outputs = vmap(one, randomness="different")(rows, [leaves[k] for k in places])
             self.buffers.accept(unchanged=True)
         except Exception as error:
@@ -115,7 +110,8 @@ class TaskModel:
     ) -> Any:
         outputs = []
         try:
-            with self._kernels(second_order), Interception(self.buffers, second_order):
+            intercepted = Interception(self.buffers, second_order, self.replaced)
+            with self._kernels(second_order), intercepted:
                 for t in range(self.tasks):
                     self.buffers.rows = slice(t, t + 1)
                     self.slots.put(
@@ -132,7 +128,7 @@ class TaskModel:
         return stack(outputs)
 
     def _kernels(self, second_order: bool) -> AbstractContextManager[Any]:
-        """cuDNN's recurrent kernels have no second derivative."""
+        """The kernels of recurrent layers: cuDNN's have no second derivative."""
         if second_order and self.recurrent and torch.backends.cudnn.enabled:
             return torch.backends.cudnn.flags(enabled=False)
         return nullcontext()

@@ -91,9 +91,7 @@ class Run:
         rule, each = settings.rule, settings.each
         self.layout = Layout(batch)
         self.own = [p.requires_grad for p in ParameterSlots(rule.module).params]
-        self.model = TaskModel(
-            clone_module(rule.module), tasks, settings.buffers, each, self.own
-        )
+        self.model = TaskModel(clone_module(rule.module), tasks, settings.buffers, each, self.own)
         self.step = InnerStep(rule, tasks)
         slots = self.step.slots
         self.learned = [] if slots is None else [p.requires_grad for p in slots.params]
@@ -119,8 +117,9 @@ class Run:
 
     def start(self, leaves: Leaves) -> State:
         """θ and φ before the first step."""
-        own = iter(spread([p for p, o in zip(leaves.theta, self.own, strict=True) if o], self.tasks))
-        theta = [next(own) if o else p for p, o in zip(leaves.theta, self.own, strict=True)]
+        pairs = list(zip(leaves.theta, self.own, strict=True))
+        rows = iter(spread([p for p, own in pairs if own], self.tasks))
+        theta = [next(rows) if own else p for p, own in pairs]
         adapted = self.settings.rule.adapt_transform
         return State(theta, spread(leaves.phi, self.tasks) if adapted else list(leaves.phi))
 
@@ -142,7 +141,7 @@ class Run:
     def gradient(
         self, theta: list[Tensor], losses: list[Tensor], batch: Batch, graph: bool
     ) -> tuple[list[Tensor | None], Tensor]:
-        """g at θ, differentiable if `graph` and not first order; and the support losses."""
+        """The gradients at θ, differentiable if `graph` and not first order; and the losses."""
         rule = self.settings.rule
         create_graph = graph and not rule.first_order
         with torch.enable_grad():

@@ -40,7 +40,7 @@ class Statistic:
         self.count = original.new_zeros(self.tasks)
 
     def record(self, batch: Tensor, momentum: float, rows: slice) -> None:
-        """Take up what the tasks in `rows` saw, `[T', C]`; what is not finite counts for nothing."""
+        """Take up what the tasks in `rows` saw, `[T', C]`; what is not finite does not count."""
         if self.original._version != self.version:
             self._begin()
         self.changed = True

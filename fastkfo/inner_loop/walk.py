@@ -68,7 +68,7 @@ class Walk:
         for k in range(steps):
             self._remember(state, self.before)
             state, loss = run.after_step(self._cut(state), leaves, batch, graph=False)
-            state = State(*[None if x is None else cut(x, [False] * len(x)) for x in state])
+            state = _ended(state)
             support.append(loss)
             if run.weighted or k == steps - 1:
                 predictions = self._ask(state, leaves, batch)
@@ -77,8 +77,10 @@ class Walk:
         self.states.append(state)
         total = None
         if self.queries:
-            weights = leaves.weights[0] if run.weighted else None
-            total = self.queries[-1] if weights is None else weights @ torch.stack(self.queries)
+            total = self.queries[-1]
+            if run.weighted:
+                pairs = zip(leaves.weights[0], self.queries, strict=True)
+                total = torch.stack([w * query for w, query in pairs]).sum(0)
         return outcome(total, predictions, support, run.tasks, leaves.data[0])
 
     def _ask(self, state: State, leaves: Leaves, batch: Batch) -> Any:
@@ -101,6 +103,13 @@ class Walk:
         if self.run.settings.rule.adapt_transform:
             phi = cut(phi, self.run.learned)
         return State(cut(state.theta, self.run.own), phi, state.last)
+
+
+def _ended(state: State) -> State:
+    """The state, in nobody's graph."""
+    last = None if state.last is None else cut(state.last, [False] * len(state.last))
+    theta, phi = (cut(x, [False] * len(x)) for x in (state.theta, state.phi))
+    return State(theta, phi, last)
 
 
 def cut(tensors: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:

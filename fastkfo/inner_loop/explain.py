@@ -1,0 +1,140 @@
+"""Which path each piece of an inner loop takes, and why, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastkfo.inner_loop.ambience import repeatable
+from fastkfo.inner_loop.buffers import Unbatchable
+from fastkfo.inner_loop.inner_loop import InnerLoop
+from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
+from fastkfo.inner_loop.loss import PerTask
+from fastkfo.inner_loop.model import TaskModel
+from fastkfo.inner_loop.run import Run
+from fastkfo.kernels import selector
+from fastkfo.optim.recognise import kind_of, kronecker_part
+
+_WAYS = {
+    "chain": "all tasks in one pass, without vmap: linear layers and elementwise functions alone",
+    "vmap": "all tasks in one pass, under torch.func.vmap with autograd outside of it",
+    "each": "task after task",
+}
+_MEMORY = {
+    "full": "full: the whole graph is kept; derivatives of any order",
+    "checkpoint": "checkpoint: the state before every step is kept, every step is computed twice",
+    "adjoint": "adjoint: θ before every step is kept, every step is computed twice",
+}
+_BUFFERS = {
+    "shared": "shared: end up as learn2learn's loop leaves them",
+    "frozen": "frozen: stay as they are",
+    "per_task": "per_task: every task goes on with its own",
+}
+
+
+def explain(inner_loop: InnerLoop, x_s: Any, y_s: Any) -> None:
+    """Print which path each piece of an inner loop takes for such tasks, and why.
+
+    One forward and backward pass over the support is tried; nothing that is learned, no buffer and
+    no random state changes.
+
+    Args:
+        inner_loop: the inner loop.
+        x_s: support inputs, as for calling it.
+        y_s: support targets, likewise.
+
+    Raises:
+        TypeError: `inner_loop` is none, or an input is of the wrong type.
+        ValueError: inputs do not fit.
+    """
+    if not isinstance(inner_loop, InnerLoop):
+        raise TypeError(f"inner_loop: expected an InnerLoop, got {type(inner_loop).__name__}")
+    print("\n".join(lines(inner_loop, Batch(x_s, y_s))))
+
+
+def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
+    """The explanation, line by line."""
+    batches = [group.batch for group in grouped(given)] if isinstance(given.x_s, list) else [given]
+    counts = [check_batch(batch) for batch in batches]
+    tasks = sum(counts)
+    shapes = "" if len(batches) == 1 else f" in {len(batches)} groups of equal shapes"
+    yield f"tasks: {tasks}{shapes}, {inner_loop.steps} steps"
+    reason = inner_loop.why_one_by_one()
+    if reason is None:
+        yield from _tried(inner_loop, batches[0], counts[0])
+    else:
+        yield f"model: task after task ({reason})"
+    yield f"memory: {_MEMORY[inner_loop.memory]}"
+    if inner_loop.chunk_size is not None:
+        yield (
+            f"chunk_size: {inner_loop.chunk_size} tasks at a time; chunks keep nothing and run "
+            "again in the backward pass"
+        )
+    yield f"buffers: {_BUFFERS[inner_loop.buffer_mode]}"
+    yield f"capture: {_capture(inner_loop, tree_leaves(tuple(batches[0]))[0].device)}"
+
+
+def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
+    """What one pass over the support tells."""
+    settings = inner_loop.settings()
+    device = tree_leaves(tuple(batch))[0].device
+    with repeatable(device), torch.enable_grad():
+        run = Run(settings, batch, tasks, weighted=False)
+        leaves = inner_loop.leaves(batch, None)
+        state = run.start(leaves)
+        try:
+            seen = run.featured(leaves)
+            g, _ = run.gradient(state.theta, leaves.losses, seen, graph=True)
+        except Unbatchable as refused:
+            yield f"model: task after task ({refused})"
+            return
+    yield f"model: {_WAYS[run.model.way]}"
+    yield from _functions("model", run.model)
+    if run.features is not None:
+        yield "features: all samples of all tasks at once, batch norms per task"
+        yield from _functions("features", run.features)
+    yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
+    yield f"update: {_update(run, g)}"
+
+
+def _functions(name: str, model: TaskModel) -> Iterator[str]:
+    for function, form in sorted(model.replaced.items()):
+        yield f"  {name}, {function}: {form}"
+
+
+def _loss(loss: PerTask) -> str:
+    if loss.has_kernel:
+        return "all tasks in one call"
+    return "task after task (vmap refused it)" if loss.each else "under torch.func.vmap"
+
+
+def _update(run: Run, g: list[Tensor | None]) -> str:
+    step = run.step
+    if step.update is None:
+        return "one elementwise operation per parameter"
+    known = [
+        t is None or x is None or (kind_of(t) == "reshaped" and kronecker_part(t, x) is not None)
+        for t, x in zip(step.transforms, g, strict=True)
+    ]
+    device = next(x.device for x in g if x is not None)
+    chosen = selector.select("auto", device)
+    one = f"one kron_update ({chosen} on {device.type}) for all parameters and tasks"
+    if run.settings.rule.adapt_transform:
+        one += ", every task with factors of its own"
+    if all(known):
+        return one
+    pairs = zip(step.transforms, known, strict=True)
+    others = sorted({type(t).__name__ for t, is_known in pairs if not is_known})
+    return f"{one}, but {', '.join(others)} under torch.func.vmap"
+
+
+def _capture(inner_loop: InnerLoop, device: torch.device) -> str:
+    if inner_loop.capture is False:
+        return "off"
+    if device.type != "cuda":
+        return f"none: a CUDA graph needs CUDA tensors, got {device.type}"
+    return "none: there are no CUDA graphs yet"

@@ -1,0 +1,120 @@
+"""The options of an inner loop, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastkfo.functional import checks
+from fastkfo.inner_loop.inputs import Batch
+from fastkfo.inner_loop.loss import per_task
+from fastkfo.inner_loop.step import Rule
+from fastkfo.utils import ParameterSlots
+
+
+def rule_of(learner: Any, options: dict[str, Any]) -> Rule:
+    """How a learner adapts, with some options in place of its own."""
+    rule: Rule = learner.rule(**options)
+    return rule
+
+
+def learner_options(learner: Any, given: dict[str, Any]) -> dict[str, bool]:
+    """The options that are given.
+
+    Args:
+        learner: the learner.
+        given: options by name; None stands for the learner's own.
+
+    Returns:
+        Those that are not None.
+
+    Raises:
+        TypeError: it is no learner, or an option is no bool.
+        ValueError: the learner has no such option.
+    """
+    rule = getattr(type(learner), "rule", None)
+    if not isinstance(learner, nn.Module) or rule is None:
+        raise TypeError(
+            f"learner: expected a GBML, a MAML or a MetaSGD, got {type(learner).__name__}"
+        )
+    known = inspect.signature(rule).parameters
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool or None, got {type(value).__name__}")
+        if name not in known and value:
+            kind = type(learner).__name__
+            raise ValueError(f"{name}: expected None, as {kind} has no such option")
+    return {name: value for name, value in given.items() if value is not None and name in known}
+
+
+def overridden(learner: nn.Module) -> str | None:
+    """Why a learner of a class of the user's own is known by its methods alone, or None."""
+    base = next(c for c in type(learner).__mro__ if c.__module__.startswith("fastkfo."))
+    for name in ("adapt", "clone", "forward"):
+        if getattr(type(learner), name) is not getattr(base, name):
+            return f"{type(learner).__name__} has a method {name!r} of its own"
+    return None
+
+
+def params_of(module: nn.Module | None) -> list[Tensor]:
+    """The parameters of a module, each once."""
+    return [] if module is None else ParameterSlots(module).params
+
+
+def as_loss(name: str, loss: Any) -> Any:
+    """The loss for tasks; or the module itself, if it has parameters, which are learned then."""
+    if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+        return loss
+    if not callable(loss):
+        raise TypeError(f"{name}: expected a callable, got {type(loss).__name__}")
+    return per_task(loss)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless a value is one of the choices."""
+    if not any([value is choice or value == choice for choice in choices]):
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | None:
+    """The weights of the steps' query losses as a tensor, or None.
+
+    Args:
+        weights: numbers, or a tensor that may be learned.
+        steps: K.
+        y_q: the query targets, without which there is nothing to weigh.
+        batch: tells the device.
+
+    Returns:
+        `[K]`, or None.
+
+    Raises:
+        TypeError: a weight is no number.
+        ValueError: there is not one weight per step, or nothing to weigh.
+    """
+    if weights is None:
+        return None
+    if y_q is None:
+        raise ValueError("step_weights: expected None without y_q, got weights")
+    like = tree_leaves(tuple(batch))[0]
+    if not isinstance(weights, Tensor):
+        if not isinstance(weights, Sequence):
+            got = type(weights).__name__
+            raise TypeError(f"step_weights: expected a list of numbers or a tensor, got {got}")
+        for w in weights:
+            checks.finite("step_weights", w)
+        weights = torch.tensor(list(weights), dtype=torch.float64, device=like.device)
+    checks.floating_tensor("step_weights", weights)
+    if weights.shape != (steps,) or steps == 0:
+        raise ValueError(
+            f"step_weights: expected one weight for each of {steps} steps (at least one), "
+            f"got shape {list(weights.shape)}"
+        )
+    return weights
