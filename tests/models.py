@@ -59,6 +59,18 @@ class WithScalar(nn.Module):
         return self.head(x) * self.temperature
 
 
+class Transformer(nn.Module):
+    """Attention, layer norms and a linear head on the mean of its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(1))
+
+
 def _mlp():
     return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, CLASSES))
 
@@ -105,6 +117,7 @@ MODELS = {
     "conv1d": (_conv1d, (2, 6)),
     "conv3d": (_conv3d, (2, 3, 3, 3)),
     "scalar": (WithScalar, (4,)),
+    "transformer": (Transformer, (3, 4)),
 }
 
 
@@ -248,7 +261,7 @@ def collect(learner, run_task, tasks=TASKS):
     return Outcome(losses, adapted, {name: p.grad for name, p in learner.named_parameters()})
 
 
-def meta_iteration(learner, name, steps=STEPS, clone=None, adapt=None):
+def meta_iteration(learner, name, steps=STEPS, clone=None, adapt=None, tasks=TASKS):
     """learn2learn's loop over all tasks; `clone` and `adapt` are the options of these calls."""
 
     def run_task(t):
@@ -257,7 +270,7 @@ def meta_iteration(learner, name, steps=STEPS, clone=None, adapt=None):
             copy.adapt(support_loss(copy, name, t), **(adapt or {}))
         return query_loss(copy, name, t), list(copy.parameters())
 
-    return collect(learner, run_task)
+    return collect(learner, run_task, tasks)
 
 
 def assert_close(got, want, floor=0.0, tol=1e-10, what=""):

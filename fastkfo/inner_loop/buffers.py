@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastkfo.inner_loop.containment import select_rows
 from fastkfo.inner_loop.statistics import Statistic, fold
 
 MODES = ("shared", "frozen", "per_task")
@@ -82,6 +83,7 @@ class TaskBuffers:
         self.tasks, self.mode = tasks, mode
         self.recording = True  # not while a pass is repeated
         self.rows = slice(0, tasks)  # the tasks that a pass is of
+        self.finite: Tensor | None = None  # the tasks whose inputs are, if not all of them
         self.counted_each = 1  # how many tasks a module's own count stands for: set by TaskModel
         self._pending: list[tuple[Statistic, Tensor, float, slice]] = []
         self.statistics: dict[int, Statistic] = {}  # by the identity of the copy
@@ -124,6 +126,8 @@ class TaskBuffers:
         statistic = self.statistics.get(id(buffer))
         if statistic is None or not self.recording or self.mode == "frozen":
             return
+        if self.finite is not None:
+            batch = select_rows(self.finite[self.rows], batch, torch.nan)
         self._pending.append((statistic, batch, momentum, self.rows))
 
     def accept(self, unchanged: bool) -> None:

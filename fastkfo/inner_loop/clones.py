@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fastkfo.inner_loop.inputs import Batch, joined, parted
+from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.pieces import together
 from fastkfo.inner_loop.run import Outcome, Settings, outcome
+from fastkfo.inner_loop.trees import map_tensors
 
 
 def by_clones(
@@ -43,7 +45,7 @@ def by_clones(
 def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outcome:
     if settings.features is not None:
         row = _featured(settings.features, row)
-    x_s, y_s, x_q, y_q = tree_map(lambda x: x[0], tuple(row))
+    x_s, y_s, x_q, y_q = row.map(lambda x: x[0])
     support: list[Tensor] = []
     queries: list[Tensor] = []
     predictions: Any = None
@@ -52,10 +54,10 @@ def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outc
         nonlocal predictions
         predictions = clone(x_q)
         if y_q is not None:
-            queries.append(settings.query_loss(predictions, y_q))
+            queries.append(_of_one(settings.query_loss)(predictions, y_q))
 
     for _ in range(settings.steps):
-        loss = settings.loss(clone(x_s), y_s)
+        loss = _of_one(settings.loss)(clone(x_s), y_s)
         clone.adapt(loss)  # type: ignore[operator]
         support.append(loss.detach().reshape(1))
         if weights is not None:
@@ -68,12 +70,16 @@ def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outc
         if weights is not None:
             total = torch.stack([w * q for w, q in zip(weights, queries, strict=True)]).sum()
         total = total.reshape(1)
-    predictions = tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, predictions)
+    predictions = map_tensors(lambda x: x.unsqueeze(0), predictions)
     return outcome(total, predictions, support, 1, tree_leaves(row.x_s)[0])
 
 
 def _featured(features: nn.Module, row: Batch) -> Batch:
-    both = tree_map(lambda x: x[0], joined(row.x_s, row.x_q))
-    seen = tree_map(lambda x: x.unsqueeze(0), features(both))
+    both = map_tensors(lambda x: x[0], joined(row.x_s, row.x_q))
+    seen = map_tensors(lambda x: x.unsqueeze(0), features(both))
     x_s, x_q = parted(seen, row.x_s)
     return row._replace(x_s=x_s, x_q=x_q)
+
+
+def _of_one(loss: Any) -> Any:
+    return loss.loss if isinstance(loss, PerTask) else loss

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fastkfo.inner_loop.ambience import repeatable
 from fastkfo.inner_loop.buffers import Unbatchable
@@ -75,13 +74,13 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
             "again in the backward pass"
         )
     yield f"buffers: {_BUFFERS[inner_loop.buffer_mode]}"
-    yield f"capture: {_capture(inner_loop, tree_leaves(tuple(batches[0]))[0].device)}"
+    yield f"capture: {_capture(inner_loop, batches[0].tensors()[0].device)}"
 
 
 def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
     """What one pass over the support tells."""
     settings = inner_loop.settings()
-    device = tree_leaves(tuple(batch))[0].device
+    device = batch.tensors()[0].device
     with repeatable(device), torch.enable_grad():
         run = Run(settings, batch, tasks, weighted=False)
         leaves = inner_loop.leaves(batch, None)

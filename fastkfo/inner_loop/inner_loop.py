@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
@@ -30,6 +29,7 @@ from fastkfo.inner_loop.options import (
 )
 from fastkfo.inner_loop.pieces import run_pieces, together
 from fastkfo.inner_loop.run import Outcome, Settings, TaskLoss
+from fastkfo.inner_loop.trees import map_tensors
 
 BACKENDS = ("auto", "fused", "batched", "loop")
 
@@ -245,7 +245,7 @@ class InnerLoop(nn.Module):
             features=params_of(self.features),
             losses=[p for loss in losses for p in params_of(loss)],
             weights=[] if weights is None else [weights],
-            data=tree_flatten(tuple(batch))[0],
+            data=batch.tensors(),
         )
 
     def _stacked(
@@ -349,7 +349,7 @@ class InnerLoop(nn.Module):
     @staticmethod
     def _normal(batch: Batch) -> Batch:
         """Tensors of inference mode have no place in a graph, not even an inner step's."""
-        return Batch(*tree_map(lambda x: x.clone() if x.is_inference() else x, tuple(batch)))
+        return batch.map(lambda x: x.clone() if x.is_inference() else x)
 
     def extra_repr(self) -> str:
         """The options that are not the default ones."""
@@ -371,7 +371,7 @@ def _commit(parts: Parts, order: Tensor | None) -> None:
 def _in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
     """The outcome of tasks of unlike shapes: their predictions are a list."""
     predictions = [
-        tree_map(lambda x: x[k] if isinstance(x, Tensor) else x, part.predictions)  # noqa: B023
+        map_tensors(lambda x: x[k], part.predictions)  # noqa: B023
         for part in found
         for k in range(len(part.finite))
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-from fastkfo.inner_loop.model import stack
+from fastkfo.inner_loop.trees import map_tensors, stack
 
 
 class Batch(NamedTuple):
@@ -29,7 +29,15 @@ class Batch(NamedTuple):
 
     def rows(self, begin: int, end: int) -> Batch:
         """Some of the tasks."""
-        return Batch(*tree_map(lambda x: x[begin:end], tuple(self)))
+        return self.map(lambda x: x[begin:end])
+
+    def map(self, function: Callable[[Tensor], Any]) -> Batch:
+        """The same of every tensor."""
+        return Batch(*map_tensors(function, tuple(self)))
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
 
 def check_batch(batch: Batch) -> int:
@@ -122,10 +130,10 @@ def _signature(trees: Sequence[Any]) -> Any:
 
 def joined(first: Any, second: Any) -> Any:
     """Support and query inputs of each task, one behind the other: `[T, S + Q, ...]`."""
-    return tree_map(lambda a, b: torch.cat([a, b], 1), first, second)
+    return map_tensors(lambda a, b: torch.cat([a, b], 1), first, second)
 
 
 def parted(both: Any, support: Any) -> tuple[Any, Any]:
     """The features of support and query, given those of both and the support inputs."""
     size = tree_flatten(support)[0][0].shape[1]
-    return tree_map(lambda x: x[:, :size], both), tree_map(lambda x: x[:, size:], both)
+    return map_tensors(lambda x: x[:, :size], both), map_tensors(lambda x: x[:, size:], both)

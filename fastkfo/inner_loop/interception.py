@@ -45,10 +45,12 @@ class Interception(TorchFunctionMode):
 
 
 def _attention(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if not mode.second_order:
+    query = args[0] if args else kwargs["query"]
+    unbatched = is_batchedtensor(query) and query.device.type == "cpu"  # vmap would loop there
+    if not mode.second_order and not unbatched:
         return func(*args, **kwargs)
     mode.replaced[f"F.{func.__name__}"] = (
-        "the math form, since fused attention has no second derivative"
+        "the math form: the fused kernels have no second derivative, nor vmap on the CPU"
     )
     with sdpa_kernel(SDPBackend.MATH):
         return func(*args, **kwargs)

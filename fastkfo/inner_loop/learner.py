@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fastkfo.inner_loop.buffers import MODES, Unbatchable, commit
 from fastkfo.inner_loop.containment import spread
@@ -197,8 +195,3 @@ def check_losses(loss: object, tasks: int) -> None:
             "loss: expected a tensor with a graph, got one that requires no gradient (computed "
             "under no_grad, detached, or with no adapted parameter in it)"
         )
-
-
-def leaves_of(tree: Any) -> Sequence[Tensor]:
-    """The tensors of a pytree."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

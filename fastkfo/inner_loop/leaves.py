@@ -62,8 +62,11 @@ class Layout:
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.spec = tree_flatten(tuple(batch))[1]
+        leaves, self.spec = tree_flatten(tuple(batch))
+        self.rest = [None if isinstance(x, Tensor) else (x,) for x in leaves]
 
     def batch(self, tensors: Sequence[Tensor]) -> Batch:
         """The batch of these tensors."""
-        return Batch(*tree_unflatten(list(tensors), self.spec))
+        given = iter(tensors)
+        leaves = [next(given) if rest is None else rest[0] for rest in self.rest]
+        return Batch(*tree_unflatten(leaves, self.spec))

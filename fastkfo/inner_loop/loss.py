@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from fastkfo.functional.cross_entropy import check_range, cross_entropy_unchecked
+from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.optim.recognise import is_plain
 
 Loss = Callable[..., Tensor]
@@ -90,7 +92,7 @@ class PerTask:
             except RuntimeError as error:
                 refused = error
         tasks = _tasks_of(args)
-        rows = [self.loss(*tree_map(lambda x: x[t], args)) for t in range(tasks)]  # noqa: B023
+        rows = [self.loss(*map_tensors(lambda x: x[t], args)) for t in range(tasks)]  # noqa: B023
         if not self.each:
             _warn(self.loss, refused)
             self.each = True
@@ -98,8 +100,6 @@ class PerTask:
 
 
 def _warn(loss: Loss, refused: Exception) -> None:
-    import warnings
-
     name = getattr(loss, "__name__", type(loss).__name__)
     reason = str(refused).strip().splitlines()[0]
     warnings.warn(
@@ -109,8 +109,6 @@ def _warn(loss: Loss, refused: Exception) -> None:
 
 
 def _tasks_of(args: Any) -> int:
-    from torch.utils._pytree import tree_leaves
-
     return next(len(x) for x in tree_leaves(args) if isinstance(x, Tensor))
 
 

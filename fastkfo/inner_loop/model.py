@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable
 from fastkfo.inner_loop.chain import Layer, chain_of
 from fastkfo.inner_loop.interception import Interception
+from fastkfo.inner_loop.trees import map_tensors, stack
 from fastkfo.utils import ParameterSlots
 
 
@@ -117,7 +118,7 @@ class TaskModel:
                     self.slots.put(
                         [p[t] if own else p for p, own in zip(theta, self.own, strict=True)]
                     )
-                    given, named = tree_map(lambda x: _row(x, t), (args, kwargs))  # noqa: B023
+                    given, named = map_tensors(lambda x: x[t], (args, kwargs))  # noqa: B023
                     outputs.append(self.module(*given, **named))
         except BaseException:
             self.buffers.discard()
@@ -150,23 +151,9 @@ def _is_one_batch(args: Any, kwargs: Any) -> bool:
     return len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() > 2
 
 
-def _row(x: Any, t: int) -> Any:
-    return x[t] if isinstance(x, Tensor) else x
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """One pytree from one per task; tensors are stacked, anything else is the first's."""
-    flat = [tree_flatten(tree)[0] for tree in trees]
-    leaves = [
-        torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
-        for leaves in map(list, zip(*flat, strict=True))
-    ]
-    return tree_unflatten(leaves, tree_flatten(trees[0])[1])
 
 
 def check_tasks(name: str, tree: Any, tasks: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fastkfo.functional import checks
 from fastkfo.inner_loop.inputs import Batch
@@ -103,7 +102,7 @@ def check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | 
         return None
     if y_q is None:
         raise ValueError("step_weights: expected None without y_q, got weights")
-    like = tree_leaves(tuple(batch))[0]
+    like = batch.tensors()[0]
     if not isinstance(weights, Tensor):
         if not isinstance(weights, Sequence):
             got = type(weights).__name__

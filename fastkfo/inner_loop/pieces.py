@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map
 
 from fastkfo.inner_loop.ambience import Ambience
 from fastkfo.inner_loop.buffers import TaskBuffers
@@ -17,6 +16,7 @@ from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Layout, Leaves
 from fastkfo.inner_loop.memory import Recomputed, added, pulled, repeating
 from fastkfo.inner_loop.run import Outcome, Run, Settings
+from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.inner_loop.walk import Walk, unrolled
 
 
@@ -74,8 +74,7 @@ def _piece(piece: Piece, leaves: Leaves, graph: bool) -> Outcome:
 def whole(run: Run, leaves: Leaves, graph: bool) -> Outcome:
     """A run from its arguments, features included, in its memory mode."""
     batch = run.featured(leaves)
-    data, _ = tree_flatten(tuple(batch))
-    inner = leaves._replace(features=[], data=data)
+    inner = leaves._replace(features=[], data=batch.tensors())
     if not graph:
         return Walk(run, inner, batch, keep=False).outcome
     if run.settings.memory == "full":
@@ -144,11 +143,7 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
     losses, predictions, support, finite = zip(*outcomes, strict=True)
     return Outcome(
         None if losses[0] is None else torch.cat(losses),
-        tree_map(_cat, predictions[0], *predictions[1:]),
+        map_tensors(lambda *parts: torch.cat(parts), *predictions),
         torch.cat(support),
         torch.cat(finite),
     )
-
-
-def _cat(*parts: Any) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]

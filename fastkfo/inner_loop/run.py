@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastkfo.inner_loop.buffers import TaskBuffers
 from fastkfo.inner_loop.containment import Contained, finite_rows, spread
@@ -17,6 +17,7 @@ from fastkfo.inner_loop.leaves import Layout, Leaves
 from fastkfo.inner_loop.loss import PerTask, per_task
 from fastkfo.inner_loop.model import TaskModel
 from fastkfo.inner_loop.step import InnerStep, Rule
+from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.optim.differentiate import gradients
 from fastkfo.utils import ParameterSlots, clone_module
 
@@ -131,6 +132,7 @@ class Run:
         both = batch.x_s if batch.x_q is None else joined(batch.x_s, batch.x_q)
         contained = Contained(self.tasks)
         entered = contained.enter(tree_leaves(both))
+        self.features.buffers.finite = contained.rows
         seen = self.features(leaves.features, False, (_like(both, entered),), {})
         seen = _like(seen, contained.leave(tree_leaves(seen)))
         if batch.x_q is None:
@@ -209,15 +211,14 @@ class TaskLoss:
 
 
 def _like(tree: Any, leaves: Sequence[Any]) -> Any:
-    values = iter(leaves)
-    return tree_map(lambda _: next(values), tree)
+    return tree_unflatten(list(leaves), tree_flatten(tree)[1])
 
 
 def outcome(
     loss: Tensor | None, predictions: Any, support: list[Tensor], tasks: int, like: Tensor
 ) -> Outcome:
     """Put together what a run has given."""
-    detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, predictions)
+    detached = map_tensors(lambda x: x.detach(), predictions)
     losses = torch.stack(support, 1) if support else like.new_zeros(tasks, 0)
     seen = [x for x in (loss, losses) if x is not None and x.numel()]
     if loss is None and predictions is not None:

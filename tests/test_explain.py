@@ -1,0 +1,82 @@
+"""What `explain` says, and that it changes nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastkfo
+from tests.batches import batch, learner
+from tests.cases import HAS_NATIVE
+from tests.models import build, snapshot
+from tests.test_inner_loop import features, head
+
+CHOSEN = "native" if HAS_NATIVE else "reference"
+
+
+def said(capsys, loop, name, tasks=3):
+    before = snapshot(loop)[:2]
+    state = torch.get_rng_state()
+    fastkfo.explain(loop, *batch(name, tasks)[:2])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert snapshot(loop)[:2] == before
+    return capsys.readouterr().out
+
+
+def test_an_mlp(capsys):
+    loop = fastkfo.InnerLoop(learner("mlp", "kron-psd"), F.cross_entropy, 5)
+    text = said(capsys, loop, "mlp")
+    assert "tasks: 3, 5 steps" in text
+    assert "model: all tasks in one pass, without vmap" in text
+    assert "loss: all tasks in one call" in text
+    assert f"update: one kron_update ({CHOSEN} on cpu) for all parameters and tasks" in text
+    assert "memory: full" in text
+    assert "buffers: shared" in text
+    assert "capture: none: a CUDA graph needs CUDA tensors, got cpu" in text
+
+
+def test_batch_norms_attention_and_other_transforms(capsys):
+    loop = fastkfo.InnerLoop(learner("cnn", "mixture"), F.cross_entropy, 1, memory="adjoint")
+    text = said(capsys, loop, "cnn")
+    assert "under torch.func.vmap with autograd outside" in text
+    assert "model, F.batch_norm: a formula per task" in text
+    assert "MetaCurvatureTransform" in text
+    assert "memory: adjoint" in text
+    loop = fastkfo.InnerLoop(learner("transformer", "none"), F.cross_entropy, 1, capture=False)
+    text = said(capsys, loop, "transformer")
+    assert "the math form" in text
+    assert "capture: off" in text
+
+
+def test_features_and_chunks(capsys):
+    loop = fastkfo.InnerLoop(
+        head(fastkfo, adapt_transform=True), F.cross_entropy, 2, features=features(), chunk_size=2
+    )
+    text = said(capsys, loop, "cnn")
+    assert "features: all samples of all tasks at once" in text
+    assert "features, F.batch_norm" in text
+    assert "every task with factors of its own" in text
+    assert "chunk_size: 2 tasks at a time" in text
+
+
+def test_what_runs_task_after_task(capsys):
+    loop = fastkfo.InnerLoop(learner("lstm", "kron-psd"), F.cross_entropy, 1)
+    assert "model: task after task (LSTM ('rnn')" in said(capsys, loop, "lstm")
+    loop = fastkfo.InnerLoop(learner("mlp", "kron-psd"), F.cross_entropy, 1, backend="loop")
+    assert "model: task after task (backend='loop')" in said(capsys, loop, "mlp")
+    maml = fastkfo.algorithms.MAML(build("mlp"), lr=0.1)
+    loop = fastkfo.InnerLoop(maml, nn.CrossEntropyLoss(label_smoothing=0.1), 1)
+    text = said(capsys, loop, "mlp")
+    assert "update: one elementwise operation per parameter" in text
+    assert "loss: under torch.func.vmap" in text
+
+
+def test_lists_and_bad_input(capsys):
+    loop = fastkfo.InnerLoop(learner("mlp", "kron-psd"), F.cross_entropy, 1)
+    x, y = batch("mlp", 2)[:2]
+    fastkfo.explain(loop, [x[0], x[1, :4]], [y[0], y[1, :4]])
+    assert "tasks: 2 in 2 groups of equal shapes" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="inner_loop: expected an InnerLoop, got GBML"):
+        fastkfo.explain(loop.learner, x, y)
+    with pytest.raises(ValueError, match="y_s: expected 2 tasks"):
+        fastkfo.explain(loop, x, y[:1])
