@@ -32,8 +32,16 @@ of runs, ratios are to learn2learn, with the slowest and the fastest run's in br
 operators dispatched on the CPU, kernels on CUDA, and for JAX the instructions of its program. "off"
 is the distance from learn2learn's float64 gradient in the precision that was timed, "gate" that of
 the float64 gradient, of the worst parameter. The loops in Python (learn2learn, fastkfo, reference)
-keep batch norm's running statistics, vmap and JAX have none."""
-TITLES = {"jax": "JAX `jit(vmap)`", "vmap": "`torch.func.vmap`", "compile": "`torch.compile(vmap)`"}
+and fastkfo's batched paths (batched, inner_loop) keep batch norm's running statistics, vmap and JAX
+have none."""
+TITLES = {
+    "fastkfo": "fastkfo, the loop",
+    "inner_loop": "fastkfo `InnerLoop`",
+    "jax": "JAX `jit(vmap)`",
+    "vmap": "`torch.func.vmap`",
+    "compile": "`torch.compile(vmap)`",
+}
+OURS = ("fastkfo", "inner_loop")
 
 
 def main() -> None:
@@ -95,7 +103,7 @@ def _cell(name: str, peer: dict[str, Any] | None) -> str:
         return f"wrong by {number(100 * peer['wrong_by'])} % ({time})"
     if name == ORACLE or "speedup" not in peer:
         return time
-    return f"{time}, **{_times(peer)}**" if name == "fastkfo" else f"{time}, {_times(peer)}"
+    return f"{time}, **{_times(peer)}**" if name in OURS else f"{time}, {_times(peer)}"
 
 
 def _times(peer: dict[str, Any]) -> str:

@@ -37,7 +37,10 @@ def test_peers_equal_learn2learn(workload, method):
     problem = small(workload, method)
     oracle = gradient("learn2learn", problem)
     assert all(g.norm() > 0 for g in oracle.values())
-    for name in ("fastkfo", "reference", "vmap"):
+    for name in ("fastkfo", "inner_loop", "batched", "reference", "vmap"):
+        if peer(name).declines(problem):
+            assert name == "batched"
+            continue
         found = gate.difference(gradient(name, problem), oracle)
         if name == "vmap" and workload not in WITHOUT_NORM:
             # PyTorch's open bug: should this begin to pass, the documents need a change.
@@ -65,7 +68,7 @@ def test_every_workload_runs(workload):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["learn2learn", "fastkfo", "reference", "vmap"])
+@pytest.mark.parametrize("name", ["learn2learn", "fastkfo", "inner_loop", "reference", "vmap"])
 def test_peers_on_a_gpu(name):
     problem = Problem.named("sine-mlp", "kfo", tasks=2, steps=2, dtype=torch.float64)
     prepared = peer(name).prepare(replace(problem, device="cuda"))

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from bench.peers.base import Peer
 
 # In the order of the tables. The first is the oracle, and what ratios are taken to.
-NAMES = ("learn2learn", "fastkfo", "reference", "vmap", "jax", "compile", "torchopt", "higher")
-BY_DEFAULT = ("learn2learn", "fastkfo", "reference", "vmap", "jax")
+NAMES = (
+    "learn2learn", "fastkfo", "inner_loop", "batched", "reference", "vmap", "jax", "compile",
+    "torchopt", "higher",
+)  # fmt: skip
+BY_DEFAULT = ("learn2learn", "fastkfo", "inner_loop", "reference", "vmap", "jax")
 ORACLE = "learn2learn"
 
 

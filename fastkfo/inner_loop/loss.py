@@ -141,6 +141,10 @@ class _CrossEntropy:
     def __init__(self) -> None:
         self._checked: tuple[Any, int, int] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without what it has seen."""
+        return _CrossEntropy, ()
+
     def __call__(self, logits: Any, labels: Any) -> Tensor | None:
         if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
             return None

@@ -19,7 +19,7 @@ from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable
 from fastkfo.inner_loop.chain import Layer, chain_of
 from fastkfo.inner_loop.interception import Interception
 from fastkfo.inner_loop.trees import map_tensors, stack
-from fastkfo.utils import ParameterSlots
+from fastkfo.utils import ParameterSlots, clone_module
 
 
 class TaskModel:
@@ -145,6 +145,11 @@ class TaskModel:
             trace = trace.tb_next
         name = names[id(found)]
         return type(found).__name__ + (f" ({name!r})" if name else "")
+
+
+def shell_of(module: nn.Module) -> nn.Module:
+    """A copy of the modules alone, to put other parameters into: it holds the same ones."""
+    return clone_module(module, {p: p for p in ParameterSlots(module).params})
 
 
 def _is_one_batch(args: Any, kwargs: Any) -> bool:

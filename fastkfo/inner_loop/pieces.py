@@ -101,6 +101,7 @@ class Chunked(Function):
         for piece in pieces:
             ctx.before.append(Ambience(flat[-1].device, piece.run.buffers))
             outcomes.append(_piece(piece, leaves, graph=False))
+            piece.run.step.forget()
         box.append(together(outcomes))
         loss = box[0].loss
         assert loss is not None
@@ -126,6 +127,7 @@ class Chunked(Function):
             with before.again(), torch.enable_grad(), repeating(piece.run):
                 loss = whole(piece.run, own, graph=True).loss
                 found = pulled([loss], [cotangent[piece.begin : piece.end]], own.flat())
+            piece.run.step.forget()
             shared = added(shared, found[: len(shared)])
             for of_tensor, x, like in zip(rows, found[len(shared) :], own.data, strict=True):
                 of_tensor.append(torch.zeros_like(like) if x is None else x)

@@ -15,11 +15,11 @@ from fastkfo.inner_loop.containment import Contained, finite_rows, spread
 from fastkfo.inner_loop.inputs import Batch, joined, parted
 from fastkfo.inner_loop.leaves import Layout, Leaves
 from fastkfo.inner_loop.loss import PerTask, per_task
-from fastkfo.inner_loop.model import TaskModel
+from fastkfo.inner_loop.model import TaskModel, shell_of
 from fastkfo.inner_loop.step import InnerStep, Rule
 from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.optim.differentiate import gradients
-from fastkfo.utils import ParameterSlots, clone_module
+from fastkfo.utils import ParameterSlots
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Run:
         rule, each = settings.rule, settings.each
         self.layout = Layout(batch)
         self.own = [p.requires_grad for p in ParameterSlots(rule.module).params]
-        self.model = TaskModel(clone_module(rule.module), tasks, settings.buffers, each, self.own)
+        self.model = TaskModel(shell_of(rule.module), tasks, settings.buffers, each, self.own)
         self.step = InnerStep(rule, tasks)
         slots = self.step.slots
         self.learned = [] if slots is None else [p.requires_grad for p in slots.params]
@@ -100,7 +100,7 @@ class Run:
         if settings.features is not None:
             count = len(ParameterSlots(settings.features).params)
             self.features = TaskModel(
-                clone_module(settings.features), tasks, settings.buffers, each, [False] * count
+                shell_of(settings.features), tasks, settings.buffers, each, [False] * count
             )
         self.outcome: Outcome | None = None  # of a run inside an autograd Function
         self.support = TaskLoss(settings.loss, tasks, each)
@@ -191,7 +191,7 @@ class TaskLoss:
         if isinstance(loss, nn.Module) and (params := ParameterSlots(loss).params):
             self.count = len(params)
             self.own = [p.requires_grad for p in params]
-            self.model = TaskModel(clone_module(loss), tasks, "frozen", each, self.own)
+            self.model = TaskModel(shell_of(loss), tasks, "frozen", each, self.own)
         else:
             self.loss: PerTask = per_task(loss)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkfo.inner_loop.containment import Contained
+from fastkfo.inner_loop.model import shell_of
 from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.fused import TaskAxis, updated_parameters
 from fastkfo.optim.parameter_update import ParameterUpdate
-from fastkfo.utils import ParameterSlots, clone_module
+from fastkfo.utils import ParameterSlots
 
 Grads = Sequence["Tensor | None"]
 
@@ -72,9 +73,13 @@ class InnerStep:
         self.update: Any = None
         self.slots: ParameterSlots | None = None
         if rule.compute_update is not None:
-            self.update = clone_module(rule.compute_update)
+            self.update = shell_of(rule.compute_update)
             self.slots = ParameterSlots(self.update)
             self.transforms = self.update.transforms()
+        self.squares = GramCache()
+
+    def forget(self) -> None:
+        """Let go of what was computed from φ."""
         self.squares = GramCache()
 
     def theta(self, theta: list[Tensor], phi: list[Tensor], rates: list[Tensor], g: Grads) -> Any:
