@@ -24,9 +24,18 @@ Shape shape_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2)};
 }
 
+template <class T>
+const T* data_of(const Tensor& x, const char* name) {
+  const T* data = static_cast<const T*>(x.data_ptr());
+  STD_TORCH_CHECK(data || x.numel() == 0, "fastkfo: operand ", name, " has no memory");
+  return data;
+}
+
 void check_like(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "fastkfo: dtypes differ: ", name);
-  STD_TORCH_CHECK(x.numel() == like.numel(), "fastkfo: sizes differ: ", name);
+  bool same = x.dim() == like.dim();
+  for (int64_t k = 0; same && k < x.dim(); ++k) same = x.size(k) == like.size(k);
+  STD_TORCH_CHECK(same, "fastkfo: shapes differ: ", name);
 }
 
 // One row of logits: its p, and -log p of the label.
@@ -37,7 +46,7 @@ T softmax_row(const T* z, int64_t stride, int64_t classes, int64_t label, T* p) 
   T sum = 0;
   for (int64_t c = 0; c < classes; ++c) sum += p[c] = std::exp(z[c * stride] - highest);
   for (int64_t c = 0; c < classes; ++c) p[c] /= sum;
-  return std::log(sum) + highest - z[label * stride];
+  return std::log(sum) + (highest - z[label * stride]);  // logits may be large
 }
 
 template <class T>
@@ -48,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& l
                   "fastkfo: expected int64 labels [", s.tasks, ", ", s.samples, "]");
   const int64_t full[] = {s.tasks, s.samples, s.classes};
   Tensor loss = empty(logits, full, 1), p = empty(logits, full, 3), rest = empty(logits, full, 3);
-  const T* z = static_cast<const T*>(logits.data_ptr());
-  const int64_t* y = static_cast<const int64_t*>(labels.data_ptr());
+  const T* z = data_of<T>(logits, "logits");
+  const int64_t* y = data_of<int64_t>(labels, "labels");
   const int64_t z0 = logits.stride(0), z1 = logits.stride(1), z2 = logits.stride(2);
   const int64_t y0 = labels.stride(0), y1 = labels.stride(1);
   for (int64_t t = 0; t < s.tasks; ++t)
@@ -83,14 +92,16 @@ std::tuple<Tensor, Tensor> double_backward(Tensor v, Tensor cotangent, Tensor p,
   check_like(rest, p, "residual");
   STD_TORCH_CHECK(cotangent.numel() == s.tasks && cotangent.scalar_type() == p.scalar_type(),
                   "fastkfo: expected a cotangent [", s.tasks, "]");
+  data_of<T>(v, "v"), data_of<T>(cotangent, "cotangent");  // before anything reads them
+  data_of<T>(p, "p"), data_of<T>(rest, "residual");
   for (Tensor* x : {&v, &cotangent, &p, &rest})
     if (!x->is_contiguous()) *x = torch::stable::contiguous(*x);
   const int64_t full[] = {s.tasks, s.samples, s.classes};
   Tensor to_cotangent = empty(p, full, 1), to_logits = empty(p, full, 3);
-  const T* from_v = static_cast<const T*>(v.data_ptr());
-  const T* from_c = static_cast<const T*>(cotangent.data_ptr());
-  const T* from_p = static_cast<const T*>(p.data_ptr());
-  const T* from_rest = static_cast<const T*>(rest.data_ptr());
+  const T* from_v = data_of<T>(v, "v");
+  const T* from_c = data_of<T>(cotangent, "cotangent");
+  const T* from_p = data_of<T>(p, "p");
+  const T* from_rest = data_of<T>(rest, "residual");
   T* out_c = static_cast<T*>(to_cotangent.data_ptr());
   T* out_z = static_cast<T*>(to_logits.data_ptr());
   parallel_units(s.costs(), [&](int64_t t) {

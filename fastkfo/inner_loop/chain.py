@@ -43,7 +43,7 @@ def _append(module: nn.Module | None, layers: list[Layer]) -> bool:
     kind = type(module)
     if kind is nn.Sequential:
         return all([_append(child, layers) for child in module._modules.values()])
-    if kind is nn.Linear:
+    if kind is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
         layers.append(_linear(module))
     elif kind in _ELEMENTWISE:
         layers.append(module)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastkfo.functional.cross_entropy import check_range, cross_entropy_unchecked
 from fastkfo.inner_loop.trees import map_tensors
-from fastkfo.optim.recognise import is_plain
+from fastkfo.optim.recognise import global_hooks, is_plain
 
 Loss = Callable[..., Tensor]
 
@@ -75,7 +75,7 @@ class PerTask:
             ValueError: the loss gives a task something other than one number, or (on the CPU) a
                 label is out of range.
         """
-        if self._kernel is not None and not more:
+        if self._kernel is not None and not more and self._is_plain():
             result = self._kernel(predictions, targets)
             if result is not None:
                 return result
@@ -84,6 +84,10 @@ class PerTask:
             got = list(result.shape[1:]) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"loss: expected one number per task, got {got} for each")
         return result
+
+    def _is_plain(self) -> bool:
+        """Whether a loss that is a module still has no hooks."""
+        return not isinstance(self.loss, nn.Module) or (is_plain(self.loss) and not global_hooks())
 
     def _general(self, *args: Any) -> Tensor:
         if not self.each:
@@ -104,7 +108,7 @@ def _warn(loss: Loss, refused: Exception) -> None:
     reason = str(refused).strip().splitlines()[0]
     warnings.warn(
         f"fastkfo: the loss {name} runs task after task; torch.func.vmap refuses it: {reason}",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
@@ -132,7 +136,14 @@ def _mse(predictions: Any, targets: Any) -> Tensor | None:
         return None
     if predictions.shape != targets.shape or predictions.dim() < 2:
         return None
+    if torch.is_autocast_enabled(predictions.device.type):
+        predictions, targets = _widened(predictions), _widened(targets)
     return (predictions - targets).square().flatten(1).mean(1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """The tensor in float32 at least, as autocast has it for PyTorch's losses."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _CrossEntropy:
@@ -150,8 +161,10 @@ class _CrossEntropy:
             return None
         if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             return None
-        if torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
-            logits = logits.float()  # as autocast does for F.cross_entropy
+        if torch._C._are_functorch_transforms_active():
+            return None
+        if torch.is_autocast_enabled(logits.device.type):
+            logits = _widened(logits)
         if logits.device.type != "cpu":
             return _without_a_look(logits, labels)
         if not self._in_range(labels, logits.shape[-1]):
@@ -164,7 +177,9 @@ class _CrossEntropy:
             seen, version, count = self._checked
             if seen() is labels and version == labels._version and count == classes:
                 return True
-        if (labels == -100).any():  # F.cross_entropy's own mark for what does not count
+        counted = labels != -100  # F.cross_entropy's own mark for what does not count
+        if not counted.all():
+            check_range("targets", labels[counted], classes)
             return False
         check_range("targets", labels, classes)
         if not labels.is_inference():
