@@ -214,6 +214,22 @@ def test_adapt_returns_the_batched_learner():
     )
 
 
+def test_adapt_to_features():
+    x_s, y_s, x_q, _ = batch("cnn", 3)
+    ours, body = head(fastkfo), features()
+    loop = fastkfo.InnerLoop(ours, F.cross_entropy, 2, features=body)
+    adapted = loop.adapt(x_s, y_s)
+    body.eval()
+    for t in range(3):
+        clone = ours.clone()
+        seen = features()(x_s[t])  # a fresh extractor in training mode
+        for _ in range(2):
+            clone.adapt(F.cross_entropy(clone(seen), y_s[t]))
+        on_query = body(x_q[t])
+        assert_close(adapted.task(t)(on_query), clone(on_query))
+    assert body[1].num_batches_tracked == 3
+
+
 @every_path
 def test_what_comes_out(path):
     x_s, y_s, x_q, y_q = batch("mlp", 4)

@@ -28,7 +28,7 @@ from fastkfo.inner_loop.options import (
     rule_of,
 )
 from fastkfo.inner_loop.pieces import run_pieces, together
-from fastkfo.inner_loop.run import Outcome, Settings, TaskLoss
+from fastkfo.inner_loop.run import Outcome, Run, Settings, TaskLoss
 from fastkfo.inner_loop.trees import map_tensors
 
 BACKENDS = ("auto", "fused", "batched", "loop")
@@ -186,7 +186,7 @@ class InnerLoop(nn.Module):
 
         Returns:
             The learner; what `learner.clone(tasks=T)` gives after as many calls of `adapt`. With
-            `features`, it takes features.
+            `features` it adapts to those of the support, and is to be called with features.
 
         Raises:
             TypeError: an input is of the wrong type.
@@ -198,6 +198,10 @@ class InnerLoop(nn.Module):
         with _normal_mode():
             batch = self._normal(batch)
             with torch.enable_grad():
+                if self.features is not None:
+                    run = Run(settings, batch, tasks, weighted=False)
+                    batch = run.featured(self.leaves(batch, None))
+                    commit([run.buffers[1]])
                 learner = BatchedLearner(settings.rule, tasks, self.buffer_mode)
                 loss = TaskLoss(self.loss, tasks, each=False)
                 params = self.leaves(batch, None).losses
