@@ -52,10 +52,17 @@ class Other:
 
 
 class Counter:
-    """One `num_batches_tracked`. The module counts in its copy: once for all tasks."""
+    """One `num_batches_tracked`. The module counts in its copy: once for all tasks.
 
-    def __init__(self, original: Tensor, copy: Tensor) -> None:
+    Args:
+        original: the parent's tensor.
+        copy: the clone's.
+        folded: whether it is written with the statistics, since their average depends on it.
+    """
+
+    def __init__(self, original: Tensor, copy: Tensor, folded: bool) -> None:
         self.original, self.copy, self.version = original, copy, copy._version
+        self.folded = folded
 
     def passes(self) -> int:
         """How many times the module has counted since this was asked last."""
@@ -103,7 +110,8 @@ class TaskBuffers:
             if count is not None:
                 copy = held["num_batches_tracked"]
                 assert copy is not None
-                self.counters.append(Counter(count, copy))
+                if all([counter.copy is not copy for counter in self.counters]):  # two names
+                    self.counters.append(Counter(count, copy, owner.momentum is None))
             batches = count if owner.momentum is None else None
             for key in ("running_mean", "running_var"):
                 copy = held.get(key)
@@ -193,6 +201,7 @@ def commit(parts: Sequence[TaskBuffers], order: Tensor | None = None) -> None:
         fold(statistics, order)
     for part in parts:
         for counter in part.counters:
-            if passes := counter.passes():
+            passes = counter.passes()
+            if passes and not counter.folded:
                 with torch.no_grad():
                     counter.original.add_(passes * part.counted_each)

@@ -91,6 +91,8 @@ def fold(parts: Sequence[Statistic], order: Tensor | None = None) -> None:
         total = before + rows("count").sum()
         new = (first.base * before + rows("addend").sum(0)) / total.clamp(min=1)
         new = torch.where(total > 0, new, first.base)
+        with torch.no_grad():
+            first.batches.copy_(total)  # what did not count in the average must not in the next
     else:
         # What a task added is decayed by all tasks that come after it.
         later = rows("decay").flip(0).cumprod(0).flip(0)
