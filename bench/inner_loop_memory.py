@@ -56,7 +56,7 @@ def case(workload: str, tasks: int, steps: int, options: dict[str, Any]) -> dict
     }
 
 
-def time_ratio(workload: str, tasks: int, steps: int, rounds: int = 5) -> dict[str, Any]:
+def time_ratio(workload: str, tasks: int, steps: int, rounds: int = 3) -> dict[str, Any]:
     """Seconds of the memory modes, interleaved, as ratios to "full"; malloc as it is by default."""
     import fastkfo
     from bench import clock, measure
