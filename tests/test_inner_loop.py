@@ -50,6 +50,7 @@ def check(found, want):
     assert_same(found, want._replace(grads=grads))
 
 
+@pytest.mark.slow
 @every_path
 @every_option
 @pytest.mark.parametrize(("tasks", "steps"), SIZES, ids=str)

@@ -29,6 +29,8 @@ from tests.test_inner_loop_buffers import (
     state,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @some_paths
 @every_norm

@@ -9,6 +9,8 @@ import fastkfo
 from tests.models import CLASSES, LR, assert_close, perturb
 from tests.oracle import learn2learn
 
+pytestmark = pytest.mark.slow
+
 NORMS = {
     "default": {},
     "momentum-0.7": {"momentum": 0.7},

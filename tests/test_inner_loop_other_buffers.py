@@ -26,6 +26,8 @@ from tests.test_inner_loop_buffers import (
     state,
 )
 
+pytestmark = pytest.mark.slow
+
 INPLACE, REBOUND = "in-place", "rebound"
 
 
@@ -80,17 +82,8 @@ every_loop = pytest.mark.parametrize("path", LOOPS.values(), ids=LOOPS)
 kinds = pytest.mark.parametrize("how", HOW)
 
 
-STALE = "every task's copy is made before the first task runs: of in-place changes the last remains"
-SNAPSHOT = "a step is computed again with the buffer that the clone began with, not the rebound one"
-
-
 def _case(how, name, tasks):
-    marks = ()
-    if how != REBOUND and tasks > 1:
-        marks = pytest.mark.xfail(strict=True, reason=STALE)
-    elif how == REBOUND and name in ("checkpoint", "adjoint", "chunks-adjoint"):
-        marks = pytest.mark.xfail(strict=True, reason=SNAPSHOT)
-    return pytest.param(how, LOOPS[name], tasks, marks=marks, id=f"{how}-{name}-T{tasks}")
+    return pytest.param(how, LOOPS[name], tasks, id=f"{how}-{name}-T{tasks}")
 
 
 CASES = [_case(how, name, tasks) for how in HOW for name in LOOPS for tasks in (1, TASKS)]
@@ -139,19 +132,15 @@ def test_other_buffers_that_shall_not_move(mode, path, how):
     assert_buffers(ours, before)
 
 
-LEAK = "what one task's pass leaves in its buffer is there in the next task's"
-leaks = pytest.mark.xfail(strict=True, reason=LEAK)
-
-
 @pytest.mark.parametrize(
     ("how", "mode"),
     [
         (INPLACE, "shared"),
         ("spectral", "shared"),
-        pytest.param(REBOUND, "shared", marks=leaks),
-        pytest.param(INPLACE, "per_task", marks=leaks),
-        pytest.param("spectral", "per_task", marks=leaks),
-        pytest.param(REBOUND, "per_task", marks=leaks),
+        (REBOUND, "shared"),
+        (INPLACE, "per_task"),
+        ("spectral", "per_task"),
+        (REBOUND, "per_task"),
     ],
 )
 def test_other_buffers_by_a_batched_learner(how, mode):
@@ -187,9 +176,6 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a module that runs task after task counts T batches per pass in its copy"
-)
 @some_norms
 def test_own_statistics_of_a_model_that_goes_task_after_task(options):
     def made(lib):
@@ -231,18 +217,14 @@ def test_an_exception_at_the_second_step_leaves_buffers_alone(first, path):
     _check_exception(first, 2, path)
 
 
-WRITTEN = "what the tasks before it changed in place has been written to the parent"
-written = pytest.mark.xfail(strict=True, reason=WRITTEN)
-
-
 @every_loop
 @pytest.mark.parametrize(
     "first",
     [
         "linear",
         REBOUND,
-        pytest.param(INPLACE, marks=written),
-        pytest.param("spectral", marks=written),
+        INPLACE,
+        "spectral",
     ],
 )
 def test_an_exception_in_the_third_task_leaves_buffers_alone(first, path):

@@ -32,7 +32,7 @@ class Ambience:
             torch.is_autocast_cache_enabled(),
         )
         # Only a model that runs task after task may change a buffer.
-        self.buffers = [b for b in buffers if b.counted_each == 1 and b.others]
+        self.buffers = [b for b in buffers if b.one_by_one and b.others]
         self.snapshots = [b.snapshot() for b in self.buffers]
 
     @contextmanager

@@ -7,7 +7,8 @@ cannot run for several tasks at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class Other:
         copy = held[key]
         assert copy is not None
         self.copy, self.version = copy, copy._version
+        self.own: dict[int, Tensor] = {}  # what a task has in its place
 
     def changed(self) -> bool:
         """Whether a pass wrote to the copy, or put something else in its place."""
@@ -49,6 +51,20 @@ class Other:
         """Hold another copy."""
         self.held[self.key] = self.copy = value
         self.version = value._version
+        self.own.clear()
+
+    def enter(self, task: int, isolated: bool) -> None:
+        """Hold what is this task's."""
+        if isolated and task not in self.own:
+            self.own[task] = self.copy.clone()
+        self.held[self.key] = self.own.get(task, self.copy)
+
+    def leave(self, task: int) -> None:
+        """Remember what a task has put in the copy's place, and hold the copy again."""
+        value = self.held.get(self.key)
+        if value is not None and value is not self.copy:
+            self.own[task] = value
+        self.held[self.key] = self.copy
 
 
 class Counter:
@@ -68,6 +84,10 @@ class Counter:
         """How many times the module has counted since this was asked last."""
         before, self.version = self.version, self.copy._version
         return self.version - before
+
+    def rewind(self, value: Tensor) -> None:
+        """Set the copy to a value; that is no count."""
+        self.copy.copy_(value)
 
     def undo(self) -> None:
         """Count back what was not asked for yet."""
@@ -91,7 +111,7 @@ class TaskBuffers:
         self.recording = True  # not while a pass is repeated
         self.rows = slice(0, tasks)  # the tasks that a pass is of
         self.finite: Tensor | None = None  # the tasks whose inputs are, if not all of them
-        self.counted_each = 1  # how many tasks a module's own count stands for: set by TaskModel
+        self.one_by_one = False  # set by TaskModel
         self._pending: list[tuple[Statistic, Tensor, float, slice]] = []
         self.statistics: dict[int, Statistic] = {}  # by the identity of the copy
         self.counters: list[Counter] = []
@@ -172,15 +192,34 @@ class TaskBuffers:
             return
         for x in self.others:
             if x.changed():
-                value = x.held[x.key]
-                if value is x.copy:  # another tensor in its place is the clone's own affair
-                    with torch.no_grad():
-                        x.original.copy_(x.copy)
-                    x.version = x.copy._version
+                with torch.no_grad():
+                    x.original.copy_(x.copy)
+                x.version = x.copy._version
+
+    @contextmanager
+    def one_task(self, task: int) -> Iterator[None]:
+        """Within this, a pass is of one task alone."""
+        isolated = self.mode != "shared"
+        before = [(c, c.copy.clone(), c.copy._version, c.version) for c in self.counters]
+        self.rows = slice(task, task + 1)
+        for x in self.others:
+            x.enter(task, isolated)
+        try:
+            yield
+        finally:
+            self.rows = slice(0, self.tasks)
+            for x in self.others:
+                x.leave(task)
+            for counter, value, version, asked in before:
+                counted = counter.copy._version - asked
+                if task < self.tasks - 1:  # the last one's count stands for all
+                    counter.rewind(value)
+                    counted = version - asked
+                counter.version = counter.copy._version - counted
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of all other buffers, from which a pass can be repeated."""
-        return [x.copy.clone() for x in self.others]
+        """Copies of all other buffers, from which a pass of one task can be repeated."""
+        return [x.own.get(0, x.copy).detach().clone() for x in self.others]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Let a pass begin with a snapshot."""
@@ -204,4 +243,4 @@ def commit(parts: Sequence[TaskBuffers], order: Tensor | None = None) -> None:
             passes = counter.passes()
             if passes and not counter.folded:
                 with torch.no_grad():
-                    counter.original.add_(passes * part.counted_each)
+                    counter.original.add_(passes * part.tasks)

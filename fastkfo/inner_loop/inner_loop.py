@@ -315,7 +315,8 @@ class InnerLoop(nn.Module):
             self._say_once(reason)
             return found
         if self.backend == "loop" or self._refused is not None:
-            return one_by_one()
+            with _all_or_nothing(self.learner, self.features):
+                return one_by_one()
         try:
             return batched()
         except Unbatchable as refused:
@@ -324,7 +325,8 @@ class InnerLoop(nn.Module):
                     f"backend: expected a model that can be batched, for 'batched'. {refused}"
                 ) from refused
             reason = str(refused)
-        found = one_by_one()
+        with _all_or_nothing(self.learner, self.features):
+            found = one_by_one()
         self._say_once(reason)
         self._refused = reason
         return found
@@ -384,6 +386,21 @@ def _in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
         return joined._replace(predictions=predictions)
     loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
     return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _all_or_nothing(*modules: nn.Module | None) -> Iterator[None]:
+    """Put buffers back if an exception comes after some tasks have changed them."""
+    buffers = [b for m in modules if m is not None for b in m.buffers()]
+    before = [(b, b._version, b.detach().clone()) for b in buffers if not b.requires_grad]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        raise
 
 
 @contextmanager

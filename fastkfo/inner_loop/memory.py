@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastkfo.inner_loop.containment import finite_rows, select_rows
 from fastkfo.inner_loop.inputs import Batch
@@ -47,9 +46,9 @@ class Recomputed(Function):
         return walk.outcome.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
         """Step by step."""
+        check_differentiated_once("memory")
         if cotangent is None:
             return (None,) * (3 + len(ctx.needs_input_grad[3:]))
         leaves = ctx.shape.like(ctx.saved_tensors).detached()
@@ -244,6 +243,15 @@ def pulled(outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[A
 def added(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     """Sums, None counting as zero."""
     return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def check_differentiated_once(option: str) -> None:
+    """Raise if a graph of the backward pass is asked for: there is none to be had."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{option}: expected memory='full' without chunks where the meta-gradient is "
+            "differentiated again (create_graph=True); what is computed again can be once"
+        )
 
 
 @contextmanager

@@ -44,14 +44,13 @@ class TaskModel:
         if not each and all(self.own):
             self.layers = chain_of(module)
         self.way = "vmap" if self.layers is None else "chain"
-        self.buffers.counted_each = tasks
         if each:
             self.go_one_by_one()
         self.recurrent = any([isinstance(m, nn.RNNBase) for m in module.modules()])
 
     def go_one_by_one(self) -> None:
         """From now on, task after task."""
-        self.way, self.layers, self.buffers.counted_each = "each", None, 1
+        self.way, self.layers, self.buffers.one_by_one = "each", None, True
 
     def __call__(self, theta: Sequence[Tensor], second_order: bool, args: Any, kwargs: Any) -> Any:
         """Call the module for every task.
@@ -114,17 +113,15 @@ class TaskModel:
             intercepted = Interception(self.buffers, second_order, self.replaced)
             with self._kernels(second_order), intercepted:
                 for t in range(self.tasks):
-                    self.buffers.rows = slice(t, t + 1)
                     self.slots.put(
                         [p[t] if own else p for p, own in zip(theta, self.own, strict=True)]
                     )
                     given, named = map_tensors(lambda x: x[t], (args, kwargs))  # noqa: B023
-                    outputs.append(self.module(*given, **named))
+                    with self.buffers.one_task(t):
+                        outputs.append(self.module(*given, **named))
         except BaseException:
             self.buffers.discard()
             raise
-        finally:
-            self.buffers.rows = slice(0, self.tasks)
         self.buffers.accept(unchanged=False)
         return stack(outputs)
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastkfo.inner_loop.ambience import Ambience
 from fastkfo.inner_loop.buffers import TaskBuffers
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Layout, Leaves
-from fastkfo.inner_loop.memory import Recomputed, added, pulled, repeating
+from fastkfo.inner_loop.memory import (
+    Recomputed,
+    added,
+    check_differentiated_once,
+    pulled,
+    repeating,
+)
 from fastkfo.inner_loop.run import Outcome, Run, Settings
 from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.inner_loop.walk import Walk, unrolled
@@ -49,17 +54,21 @@ def run_pieces(
         What came of it, and every piece's buffers, not committed yet.
     """
     weighted = bool(leaves.weights)
-    pieces = []
-    for begin in range(0, tasks, size):
-        end = min(begin + size, tasks)
-        pieces.append(Piece(begin, end, Run(settings, batch, end - begin, weighted)))
+    ranges = [(begin, min(begin + size, tasks)) for begin in range(0, tasks, size)]
+    # Each is made in its turn: it begins with the buffers that the one before has left.
+    turns = (Piece(b, e, Run(settings, batch, e - b, weighted)) for b, e in ranges)
+    pieces: list[Piece] = []
     graph = torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want())
-    if graph and again and len(pieces) > 1:
+    if graph and again and len(ranges) > 1:
         box: list[Outcome] = []
-        loss = Chunked.apply(pieces, box, leaves.shape(), *leaves.flat())
+        loss = Chunked.apply(turns, pieces, box, leaves.shape(), *leaves.flat())
         found = box[0]._replace(loss=loss)
     else:
-        found = together([_piece(piece, leaves, graph) for piece in pieces])
+        outcomes = []
+        for piece in turns:
+            pieces.append(piece)
+            outcomes.append(_piece(piece, leaves, graph))
+        found = together(outcomes)
     return found, [piece.run.buffers for piece in pieces]
 
 
@@ -90,15 +99,21 @@ class Chunked(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pieces: list[Piece], box: list[Outcome], shape: Leaves, *flat: Tensor
+        ctx: Any,
+        turns: Iterator[Piece],
+        pieces: list[Piece],
+        box: list[Outcome],
+        shape: Leaves,
+        *flat: Tensor,
     ) -> Tensor:
-        """`[T]`; all that came of it goes into the box."""
+        """`[T]`; the pieces and all that came of them go into the lists."""
         leaves = shape.like(flat)
         ctx.pieces, ctx.shape = pieces, shape
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         ctx.before, outcomes = [], []
-        for piece in pieces:
+        for piece in turns:
+            pieces.append(piece)
             ctx.before.append(Ambience(flat[-1].device, piece.run.buffers))
             outcomes.append(_piece(piece, leaves, graph=False))
             piece.run.step.forget()
@@ -108,11 +123,11 @@ class Chunked(Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
         """Piece after piece."""
-        nothing = (None,) * 3
-        shape, count = ctx.shape, len(ctx.needs_input_grad) - 3
+        check_differentiated_once("chunk_size")
+        nothing = (None,) * 4
+        shape, count = ctx.shape, len(ctx.needs_input_grad) - 4
         if cotangent is None:
             return (*nothing, *[None] * count)
         leaves = shape.like(ctx.saved_tensors)

@@ -147,8 +147,9 @@ class Run:
         rule = self.settings.rule
         create_graph = graph and not rule.first_order
         with torch.enable_grad():
-            predictions = self.model(theta, create_graph, (batch.x_s,), {})
-            loss = self.support(losses, create_graph, predictions, batch.y_s)
+            # The same kernels with and without a graph: steps that are repeated must agree.
+            predictions = self.model(theta, not rule.first_order, (batch.x_s,), {})
+            loss = self.support(losses, not rule.first_order, predictions, batch.y_s)
             g = gradients(
                 loss.sum(), theta, create_graph, create_graph, rule.allow_unused, rule.allow_nograd
             )
