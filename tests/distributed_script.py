@@ -1,6 +1,7 @@
 """One of several processes of `torchrun`: its share of the tasks, under DistributedDataParallel."""
 
 import json
+import os
 import sys
 
 import torch
@@ -44,7 +45,9 @@ def main():
     if dist.get_rank() == 0:
         found = {"grads": grads, "agree": of_all[0] == of_all[1], "reductions": reductions}
         print("found " + json.dumps(found), flush=True)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # not through torch's own threads' end, which aborts now and then
 
 
 if __name__ == "__main__":
