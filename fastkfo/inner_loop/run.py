@@ -176,7 +176,8 @@ class Run:
         """Query losses `[T]`, or None without targets, and predictions."""
         if batch.x_q is None:
             return None, None
-        predictions = self.model(theta, False, (batch.x_q,), {})
+        second_order = not self.settings.rule.first_order  # the kernels of the support, repeatable
+        predictions = self.model(theta, second_order, (batch.x_q,), {})
         if batch.y_q is None:
             return None, predictions
         own = losses if self.query is self.support else losses[self.support.count :]
