@@ -148,14 +148,14 @@ def _autocast_case(kind, backend, name):
     return pytest.param(kind, backend, name, id=f"{kind}-{backend}-{name}")
 
 
-# Not features in chunks of a loop: with the whole graph, autocast's cache gives all tasks one and
-# the same bfloat16 copy of a parameter, in which their gradients are summed up.
+# Not chunks of a loop: with the whole graph, autocast's cache gives all tasks one and the same
+# bfloat16 copy of a shared parameter, in which their gradients are summed up.
 AUTOCAST = [
     _autocast_case(kind, backend, name)
     for kind in LOOPS
     for backend in ("batched", "loop")
     for name in RECOMPUTED
-    if (kind, backend) != ("features", "loop") or "chunks" not in name
+    if backend != "loop" or "chunks" not in name
 ]
 
 
