@@ -30,14 +30,20 @@ class TaskModel:
         tasks: T.
         buffers: "shared", "frozen" or "per_task", see TaskBuffers.
         each: whether to go task after task.
-        own: for each parameter, whether every task has its own.
+        own: for each parameter, whether every task has its own; None: those that require a gradient.
     """
 
     def __init__(
-        self, module: nn.Module, tasks: int, buffers: str, each: bool, own: Sequence[bool]
+        self,
+        module: nn.Module,
+        tasks: int,
+        buffers: str,
+        each: bool,
+        own: Sequence[bool] | None = None,
     ) -> None:
-        self.module, self.tasks, self.own = module, tasks, list(own)
+        self.module, self.tasks = module, tasks
         self.slots = ParameterSlots(module)
+        self.own = [p.requires_grad for p in self.slots.params] if own is None else list(own)
         self.buffers = TaskBuffers(module, tasks, buffers)
         self.layers: list[Layer] | None = None
         self.replaced: dict[str, str] = {}  # functions that were given another form

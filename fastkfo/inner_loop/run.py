@@ -91,16 +91,16 @@ class Run:
         self.settings, self.tasks, self.weighted = settings, tasks, weighted
         rule, each = settings.rule, settings.each
         self.layout = Layout(batch)
-        self.own = [p.requires_grad for p in ParameterSlots(rule.module).params]
-        self.model = TaskModel(shell_of(rule.module), tasks, settings.buffers, each, self.own)
+        self.model = TaskModel(shell_of(rule.module), tasks, settings.buffers, each)
+        self.own = self.model.own
         self.step = InnerStep(rule, tasks)
         slots = self.step.slots
         self.learned = [] if slots is None else [p.requires_grad for p in slots.params]
         self.features: TaskModel | None = None
         if settings.features is not None:
-            count = len(ParameterSlots(settings.features).params)
+            none = [False] * len(ParameterSlots(settings.features).params)
             self.features = TaskModel(
-                shell_of(settings.features), tasks, settings.buffers, each, [False] * count
+                shell_of(settings.features), tasks, settings.buffers, each, none
             )
         self.outcome: Outcome | None = None  # of a run inside an autograd Function
         self.support = TaskLoss(settings.loss, tasks, each)
@@ -190,10 +190,10 @@ class TaskLoss:
     def __init__(self, loss: Any, tasks: int, each: bool) -> None:
         self.tasks, self.model = tasks, None
         self.count = 0
-        if isinstance(loss, nn.Module) and (params := ParameterSlots(loss).params):
-            self.count = len(params)
-            self.own = [p.requires_grad for p in params]
-            self.model = TaskModel(shell_of(loss), tasks, "frozen", each, self.own)
+        if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+            self.model = TaskModel(shell_of(loss), tasks, "frozen", each)
+            self.own = self.model.own
+            self.count = len(self.own)
         else:
             self.loss: PerTask = per_task(loss)
 
