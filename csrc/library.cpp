@@ -33,4 +33,22 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
   m.def(
       "cross_entropy_double_backward(Tensor v, Tensor cotangent, Tensor p, Tensor residual) -> "
       "(Tensor, Tensor)");
+
+  // K steps of a whole model for all tasks, csrc/inner_loop. layers: five numbers each, kind, in,
+  // out, parameter of the weight and of the bias (-1: none). Returns the query losses, support
+  // losses, predictions, statistics of batch norms, the tape (with keep), then theta_K (with
+  // adapted), one per parameter.
+  m.def(
+      "inner_loop_forward(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
+      "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, Tensor? y_q, int[] layers, "
+      "float[] constants, float[] alpha, int steps, int loss, int query_loss, bool symmetric, "
+      "bool keep, bool adapted) -> Tensor[]");
+  // the vector-Jacobian product: what is wanted of every parameter, in the order of the bits
+  // (1 theta, 2 left, 4 right, 8 bias, 16 scale), then of the inputs
+  m.def(
+      "inner_loop_backward(Tensor? d_loss, Tensor?[] d_adapted, Tensor[] theta, Tensor?[] left, "
+      "Tensor?[] right, Tensor?[] bias, Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, "
+      "Tensor? y_q, Tensor tape, int[] layers, float[] constants, float[] alpha, int steps, "
+      "int loss, int query_loss, bool symmetric, bool first_order, int[] wanted, bool want_x_s, "
+      "bool want_x_q) -> Tensor[]");
 }

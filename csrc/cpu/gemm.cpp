@@ -9,10 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__) && \
-    !defined(FASTKFO_NO_TARGET_CLONES)
-#define FASTKFO_X86_TARGETS 1
-#endif
+#include "cpu/levels.h"
+
 // Helpers must be inlined: one that is not stays compiled for the baseline processor.
 #define FASTKFO_INLINE inline __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -159,17 +157,6 @@ FASTKFO_SMALL_GEMM(small_gemm_baseline, , 16, 4)
 
 template <class S>
 using SmallGemm = void (*)(int64_t, int64_t, int64_t, Matrix<S>, Matrix<S>, S*, int64_t, bool, S*);
-
-// The widest instruction set that the processor has and FASTKFO_CPU_LEVEL (0, 3 or 4) allows.
-int cpu_level() {
-  const char* wanted = std::getenv("FASTKFO_CPU_LEVEL");
-  const int limit = wanted && *wanted ? std::atoi(wanted) : 4;
-#ifdef FASTKFO_X86_TARGETS
-  if (limit >= 4 && __builtin_cpu_supports("x86-64-v4")) return 4;
-  if (limit >= 3 && __builtin_cpu_supports("x86-64-v3")) return 3;
-#endif
-  return 0;
-}
 
 const int kLevel = cpu_level();
 

@@ -1,0 +1,35 @@
+// The fused inner loop for one instruction set: included by inner_loop_v4.cpp and its like, which
+// say which. All of it lies in a namespace of that name, so that nothing that is compiled for a
+// newer processor can stand in for what an older one needs.
+#include "cpu/inner_loop_kernels.h"
+
+#define FASTKFO_INLINE inline __attribute__((always_inline))
+#define FASTKFO_FN inline
+
+#include "inner_loop/task.h"
+//
+#include "cpu/inner_loop_executor.h"
+
+namespace fastkfo::inner_loop {
+namespace FASTKFO_LEVEL {
+
+template <class S>
+void forward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
+             const Data<S>& data, const Results<S>& to) {
+  Executor<S> executor;
+  Task<Executor<S>>(executor, plan, blocks, scratch, tape).forward(data, to);
+}
+
+template <class S>
+void backward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
+              S cotangent, bool from_adapted, S* x_s_grad, S* x_q_grad) {
+  Executor<S> executor;
+  Task<Executor<S>>(executor, plan, blocks, scratch, tape)
+      .backward(cotangent, from_adapted, x_s_grad, x_q_grad);
+}
+
+Kernels<float> of_float() { return {forward<float>, backward<float>}; }
+Kernels<double> of_double() { return {forward<double>, backward<double>}; }
+
+}  // namespace FASTKFO_LEVEL
+}  // namespace fastkfo::inner_loop

@@ -1,0 +1,17 @@
+// Instruction sets that code is compiled for, and which of them the processor has.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__) && \
+    !defined(FASTKFO_NO_TARGET_CLONES)
+#define FASTKFO_X86_TARGETS 1
+#if !defined(__clang__)
+#define FASTKFO_X86_PRAGMAS 1  // whole files for one instruction set
+#endif
+#endif
+
+namespace fastkfo::cpu {
+
+// 0, 3 or 4: the widest that the processor has and FASTKFO_CPU_LEVEL allows.
+int cpu_level();
+
+}  // namespace fastkfo::cpu

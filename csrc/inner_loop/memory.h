@@ -1,0 +1,54 @@
+// What one task reads, writes and works in.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkfo::inner_loop {
+
+// Room for one parameter at a time.
+template <class S>
+struct Room {
+  S *rows_in, *rows_in_2;    // [samples, pad(m)]
+  S* rows_out;               // [samples, pad(n)]
+  S *cols_out, *cols_out_2;  // [n, ld]
+  S* cols_in;                // [m, ld]
+  S *square, *square_2;      // [n, pad(m)]
+};
+
+// One task's data, in the caller's memory, without gaps. Null where there is none.
+template <class S>
+struct Data {
+  const S* x_s;
+  const void* y_s;
+  const S* x_q;
+  const void* y_q;
+};
+
+template <class S>
+struct Results {
+  S* loss;          // one number
+  S* support_loss;  // K
+  S* predictions;   // [samples, classes]
+  S* statistics;    // [K + 1, plan.statistics]
+};
+
+// Blocks of operands: those that all tasks share, and this task's own.
+template <class S>
+struct Blocks {
+  const S *shared, *own;
+};
+
+// Working memory; the first part is all that a forward pass needs.
+template <class S>
+struct Work {
+  Room<S> room;
+  S* lanes;      // 6 rows of means
+  S* record;     // derivatives along V, a support pass
+  S* query;      // cotangents of a query pass
+  S* v;          // a block of parameters
+  S* fixed;      // [samples, pad(in)]
+  S* x_s_grad;   // [in, ld]
+  S* gradients;  // a block of gradients
+};
+
+}  // namespace fastkfo::inner_loop

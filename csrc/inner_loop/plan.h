@@ -1,0 +1,87 @@
+// What a fused inner loop does, worked out before it runs: the layers of the model, where every
+// number of a task lies, and which of equal forms is the cheapest. Plain numbers only, so that the
+// same plan serves a CPU thread and a CUDA block.
+//
+// Matrices of activations lie feature by feature, [features, samples], and rows are padded: a
+// product reads and writes whole vectors and needs no tail. Parameters lie row by row.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkfo::inner_loop {
+
+enum Kind : int32_t {
+  kLinear,
+  kRelu,
+  kLeakyRelu,
+  kTanh,
+  kSigmoid,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kBatchNorm,
+  kLayerNorm,
+  kKinds,
+};
+
+enum Loss : int32_t { kCrossEntropyMean, kCrossEntropySum, kSquaresMean, kSquaresSum, kLosses };
+
+// What a gradient is wanted of, as bits.
+enum Wanted : int64_t { kTheta = 1, kLeft = 2, kRight = 4, kBias = 8, kScale = 16 };
+
+struct Layer {
+  int32_t kind, in, out;
+  int32_t weight, bias;  // parameters, -1 where there is none
+  double constant;       // a norm's eps, the slope of a leaky ReLU
+};
+
+// One parameter, rows x cols, its rows ld apart; a vector is one row.
+struct Param {
+  int32_t rows, cols, ld;
+  int32_t n, m;                     // sizes of its factors: of a vector, its length and 1
+  bool left, right, bias, scale;    // which operands there are
+  bool own[5];                      // whether every task has its own: theta, left, ..., scale
+  int32_t wanted;                   // of the gradient, as bits
+  double alpha;
+  int64_t at;                       // in a block of parameters
+  int64_t a, a_t, c, c_t, beta, s;  // in a block of operands; a_t == a where A is symmetric
+  int64_t g_a, g_c, g_beta, g_s;    // in a block of gradients, which begins with theta's
+  bool v_dense;                     // A' lambda C' anew every step, not kept up to date
+  bool v_dense_at_first;            // the same for the first one
+};
+
+// Where the numbers of one layer lie in the record of one pass.
+struct Slots {
+  int64_t a;         // its input [in, ld]; of layer 0, not in the record
+  int64_t d;         // the cotangent of its output [out, ld]
+  int64_t hat, inv;  // a norm: (x - mean) / std, 1 / std
+  int64_t p, q;      // a linear layer's step: A D [out, ld], X C [samples, pad(in)]
+  int64_t g_w, g_b;  // the gradients in vectors: of a norm's weight; of a bias
+};
+
+struct Pass {
+  int32_t samples, ld;
+  int64_t size;  // of the record
+  int64_t out;   // the predictions [classes, ld]
+  int64_t p;     // softmax of them
+  const Slots* slots;
+};
+
+struct Plan {
+  int32_t layers, params, steps, classes, in;
+  int32_t loss, query_loss;
+  bool first_order, has_query, has_query_targets, keep;
+  bool want_x_s, want_x_q;
+  const Layer* layer;
+  const Param* param;
+  Pass support, query;
+  int64_t theta, operands, gradients;  // sizes of blocks
+  // A task's tape: what does not change from step to step, the records, theta_0 ... theta_K.
+  int64_t x_rows, q0, q0_t, q0_c;  // support inputs [samples, in], X C, its transpose, X C'
+  int64_t x, records, query_record, thetas, tape;
+  // Statistics of batch norms: mean and biased variance of every layer, pass by pass.
+  int64_t statistics;
+  int64_t lanes;  // the longest row of means
+};
+
+}  // namespace fastkfo::inner_loop

@@ -1,0 +1,193 @@
+// Makes the plan: sizes, places, and the choice between equal forms by counted operations.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "inner_loop/memory.h"
+#include "inner_loop/plan.h"
+
+namespace fastkfo::inner_loop {
+
+// A plan with what it points to.
+struct Planned {
+  Plan plan{};
+  std::vector<Layer> layers;
+  std::vector<Param> params;
+  std::vector<Slots> support, query;
+  int64_t pad;        // numbers that rows are padded to
+  bool symmetric;     // A and C equal their transposes
+  int64_t scratch[2];  // numbers of scratch: forward, and with the backward pass
+
+  int64_t padded(int64_t n) const { return (n + pad - 1) / pad * pad; }
+
+  // layers and params hold what the caller knows; the plan's counts and flags are set.
+  void finish(int64_t samples, int64_t query_samples) {
+    Plan& p = plan;
+    p.layers = static_cast<int32_t>(layers.size());
+    p.params = static_cast<int32_t>(params.size());
+    p.in = layers.front().in;
+    p.classes = layers.back().out;
+    for (Param& x : params) {
+      x.ld = static_cast<int32_t>(padded(x.cols));
+      x.at = p.theta;
+      p.theta += int64_t(x.rows) * x.ld;
+    }
+    p.operands = p.gradients = p.theta;  // both blocks begin with theta's
+    for (Param& x : params) place(x);
+    place_pass(p.support, support, samples);
+    place_pass(p.query, query, p.has_query ? query_samples : 0);
+    choose_forms();
+    place_tape();
+    measure_scratch();
+    p.layer = layers.data();
+    p.param = params.data();
+    p.support.slots = support.data();
+    p.query.slots = query.data();
+    for (const Layer& layer : layers)
+      if (layer.kind == kBatchNorm) p.statistics += 2 * layer.in;
+  }
+
+  // The pieces of scratch memory of plan.scratch numbers.
+  template <class S>
+  Work<S> carve(S* memory) const {
+    const Plan& p = plan;
+    const auto take = [&](int64_t size) {
+      S* piece = memory;
+      memory += size;
+      return piece;
+    };
+    Work<S> s{};
+    s.room.rows_in = take(rows_in_);
+    s.room.rows_in_2 = take(rows_in_);
+    s.room.rows_out = take(rows_out_);
+    s.room.cols_out = take(cols_out_);
+    s.room.cols_in = take(cols_in_);
+    s.room.square = take(square_);
+    s.room.square_2 = take(square_);
+    s.lanes = take(6 * p.lanes);
+    s.record = take(p.support.size);
+    s.query = take(p.query.size);
+    s.v = take(p.theta);
+    s.fixed = take(rows_in_);
+    s.x_s_grad = take(cols_in_);
+    s.gradients = take(p.gradients);
+    return s;
+  }
+
+ private:
+  int64_t rows_in_ = 0, rows_out_ = 0, cols_out_ = 0, cols_in_ = 0, square_ = 0;
+
+  void place(Param& x) {
+    Plan& p = plan;
+    const int64_t size = int64_t(x.rows) * x.ld;
+    const int64_t left = x.n * padded(x.n), right = x.m * padded(x.m);
+    const auto take = [](int64_t& end, bool there, int64_t n) {
+      const int64_t at = end;
+      if (there) end += n;
+      return at;
+    };
+    x.a = take(p.operands, x.left, left);
+    x.a_t = symmetric ? x.a : take(p.operands, x.left, left);
+    x.c = take(p.operands, x.right, right);
+    x.c_t = symmetric ? x.c : take(p.operands, x.right, right);
+    x.beta = take(p.operands, x.bias, size);
+    x.s = take(p.operands, x.scale, size);
+    x.g_a = take(p.gradients, x.wanted & kLeft, left);
+    x.g_c = take(p.gradients, x.wanted & kRight, right);
+    x.g_beta = take(p.gradients, x.wanted & kBias, size);
+    x.g_s = take(p.gradients, x.wanted & kScale, size);
+  }
+
+  void place_pass(Pass& pass, std::vector<Slots>& slots, int64_t samples) {
+    pass.samples = static_cast<int32_t>(samples);
+    pass.ld = static_cast<int32_t>(padded(samples));
+    int64_t end = 0;
+    const auto take = [&](bool there, int64_t n) {
+      const int64_t at = end;
+      if (there) end += padded(n);
+      return at;
+    };
+    const bool is_query = &pass == &plan.query;
+    const int64_t ld = pass.ld;
+    slots.assign(layers.size(), {});
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const Layer& layer = layers[l];
+      const bool norm = layer.kind == kBatchNorm || layer.kind == kLayerNorm;
+      const bool weight = layer.kind == kLinear && !is_query;
+      Slots& s = slots[l];
+      s.a = take(l > 0 || is_query, layer.in * ld);
+      s.d = take(true, layer.out * ld);
+      s.hat = take(norm, layer.in * ld);
+      s.inv = take(norm, std::max<int64_t>(layer.in, ld));
+      s.p = take(weight && params[layer.weight].left, layer.out * ld);
+      s.q = take(weight && l > 0, samples * padded(layer.in));
+      s.g_w = take(norm, layer.in);
+      s.g_b = take(layer.bias >= 0, layer.out);
+    }
+    pass.out = take(true, layers.back().out * ld);
+    pass.p = take(true, layers.back().out * ld);
+    pass.size = end;
+  }
+
+  void choose_forms() {
+    const int64_t s = plan.support.samples, q = plan.query.samples;
+    for (size_t l = 0; l < layers.size(); ++l) {
+      if (layers[l].kind != kLinear) continue;
+      Param& x = params[layers[l].weight];
+      const int64_t n = x.n, m = x.m, last = x.left ? n * n : 0, first = x.right ? m * m : 0;
+      const int64_t dense = last * m + first * n;
+      const int64_t of_rows = s * last + (l > 0 ? s * first + 2 * s * n * m : s * n * m);
+      x.v_dense = dense < of_rows;
+      x.v_dense_at_first = x.scale || dense < q * (last + first + n * m);
+    }
+  }
+
+  void place_tape() {
+    Plan& p = plan;
+    int64_t end = 0;
+    const auto take = [&](bool there, int64_t n) {
+      const int64_t at = end;
+      if (there) end += padded(n);
+      return at;
+    };
+    const bool steps = p.steps > 0;
+    p.x = take(steps, p.in * p.support.ld);
+    const bool fixed = steps && layers[0].kind == kLinear;
+    const int64_t rows = p.support.samples * padded(p.in);
+    const Param* first = fixed ? &params[layers[0].weight] : nullptr;
+    p.x_rows = take(fixed, rows);
+    p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
+    p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
+    p.q0_c = fixed && first->right && !symmetric ? take(true, rows) : p.q0;
+    const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, 1);
+    p.records = take(true, kept * p.support.size);
+    p.query_record = take(true, p.query.size);
+    p.thetas = take(true, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.theta);
+    p.tape = end;
+  }
+
+  void measure_scratch() {
+    Plan& p = plan;
+    const int64_t samples = std::max(p.support.samples, p.query.samples);
+    const int64_t ld = std::max(p.support.ld, p.query.ld);
+    int64_t lanes = std::max<int64_t>(ld, padded(samples));
+    for (const Param& x : params) {
+      lanes = std::max({lanes, padded(x.rows), padded(x.cols), padded(x.n)});
+      rows_in_ = std::max(rows_in_, samples * x.ld);
+      rows_out_ = std::max(rows_out_, samples * padded(x.n));
+      square_ = std::max(square_, int64_t(x.rows) * x.ld);
+    }
+    for (const Layer& layer : layers) {
+      lanes = std::max({lanes, padded(layer.in), padded(layer.out)});
+      cols_out_ = std::max(cols_out_, layer.out * ld);
+      cols_in_ = std::max(cols_in_, layer.in * ld);
+    }
+    p.lanes = lanes;
+    const int64_t room = 2 * rows_in_ + rows_out_ + cols_out_ + cols_in_ + 2 * square_ + 6 * lanes;
+    scratch[0] = room;
+    scratch[1] = room + p.support.size + p.query.size + p.theta + rows_in_ + cols_in_ + p.gradients;
+  }
+};
+
+}  // namespace fastkfo::inner_loop

@@ -1,0 +1,487 @@
+// The inner loop of one task, and its exact meta-gradient: one algorithm for every machine. An
+// executor runs the loops, a CPU thread or the threads of a CUDA block, and has the product.
+//
+//   forward   K times: pass over the support, backward, theta' = theta - alpha U(g); then the query
+//   backward  lambda = cotangent of theta_K; then for k = K - 1 ... 0
+//               V = cotangent of g_k, gradients of the operands,
+//               lambda += H V, which is the derivative of the backward pass along V
+//
+// docs/inner_loop.md has the derivation.
+#pragma once
+
+#include "inner_loop/losses.h"
+#include "inner_loop/parameters.h"
+
+namespace fastkfo::inner_loop::FASTKFO_LEVEL {
+
+template <class Exec>
+class Task {
+  using S = typename Exec::Number;
+  Exec& ex;
+  const Plan& plan;
+  const Blocks<S>& blocks;
+  const Work<S>& scratch;
+  S* tape;
+
+ public:
+  FASTKFO_FN Task(Exec& exec, const Plan& all, const Blocks<S>& operands,
+                         const Work<S>& room, S* memory)
+      : ex(exec), plan(all), blocks(operands), scratch(room), tape(memory) {}
+
+  FASTKFO_FN void forward(const Data<S>& data, const Results<S>& to) {
+    take_support(data.x_s);
+    for (int k = 0; k < plan.steps; ++k) {
+      S* record = support_record(k);
+      S* stats = to.statistics ? to.statistics + k * plan.statistics : nullptr;
+      pass_forward(plan.support, x(), record, k, stats);
+      const S loss = value(plan.support, plan.loss, record, data.y_s);
+      ex.each(1, [=](int64_t) { to.support_loss[k] = loss; });
+      pass_backward(plan.support, x(), record, record, k, false);
+      step(record, k);
+    }
+    if (!plan.has_query) return;
+    S* record = tape + plan.query_record;
+    S* x_q = record + plan.query.slots[0].a;
+    take_features(data.x_q, plan.query, x_q);
+    S* stats = to.statistics ? to.statistics + plan.steps * plan.statistics : nullptr;
+    pass_forward(plan.query, x_q, record, plan.steps, stats);
+    const int64_t ld = plan.query.ld, classes = plan.classes;
+    const S* out = record + plan.query.out;
+    ex.each(plan.query.samples * classes, [=](int64_t i) {
+      to.predictions[i] = out[i % classes * ld + i / classes];
+    });
+    if (!plan.has_query_targets) return;
+    const S loss = value(plan.query, plan.query_loss, record, data.y_q);
+    ex.each(1, [=](int64_t) { to.loss[0] = loss; });
+  }
+
+  // theta_K of one parameter
+  FASTKFO_FN const S* adapted(const Param& p) const { return theta(plan.steps, p); }
+
+  // The gradients, for the cotangent of the query loss, and those that lambda begins with, which
+  // the caller has put into the block of gradients (zeros if there are none).
+  FASTKFO_FN void backward(S cotangent, bool from_adapted, S* x_s_grad, S* x_q_grad) {
+    if (plan.has_query_targets) query_backward(cotangent, from_adapted, x_q_grad);
+    if (plan.want_x_s) {
+      S* to = scratch.x_s_grad;
+      ex.each(int64_t(plan.in) * plan.support.ld, [=](int64_t i) { to[i] = 0; });
+    }
+    const Layer& first = plan.layer[0];
+    const bool fixed = plan.steps > 0 && first.kind == kLinear;
+    if (fixed) {
+      S* to = scratch.fixed;
+      const int64_t n = int64_t(plan.support.samples) * plan.param[first.weight].ld;
+      ex.each(n, [=](int64_t i) { to[i] = 0; });
+    }
+    const bool know_v = plan.has_query_targets && !from_adapted;
+    for (int k = plan.steps - 1; k >= 0; --k) {
+      const S* record = support_record(k);
+      adjoint(record, know_v || k < plan.steps - 1);
+      if (plan.first_order) continue;
+      tangent_forward(record, k);
+      tangent_backward(record, k);
+    }
+    if (fixed) {
+      const Param& p = plan.param[first.weight];
+      if (S* to = gradients(p).c) {
+        const Operands<S> by = operands(p);
+        WeightUpdate<Exec>{ex, p, by}.right_gradient(weight_step(support_record(0), 0),
+                                                     scratch.fixed, to);
+      }
+    }
+    if (plan.want_x_s) give_features(scratch.x_s_grad, plan.support, x_s_grad);
+  }
+
+ private:
+  // Where things are.
+  FASTKFO_FN S* x() const { return tape + plan.x; }
+  FASTKFO_FN S* support_record(int k) const {
+    return tape + plan.records + (plan.keep ? k * plan.support.size : 0);
+  }
+  FASTKFO_FN const S* block(bool own) const { return own ? blocks.own : blocks.shared; }
+  FASTKFO_FN S* theta_after(int k) const {  // k >= 1
+    return tape + plan.thetas + (plan.keep ? k - 1 : k % 2) * plan.theta;
+  }
+  FASTKFO_FN const S* theta(int k, const Param& p) const {
+    return (k == 0 ? block(p.own[0]) : theta_after(k)) + p.at;
+  }
+  FASTKFO_FN const S* theta(int k, int index) const {
+    return index < 0 ? nullptr : theta(k, plan.param[index]);
+  }
+  FASTKFO_FN S* v_of(int index) const {
+    return index < 0 ? nullptr : scratch.v + plan.param[index].at;
+  }
+  FASTKFO_FN S* lambda_of(int index) const {
+    return index < 0 ? nullptr : scratch.gradients + plan.param[index].at;
+  }
+  FASTKFO_FN Operands<S> operands(const Param& p) const {
+    const int64_t pad = Exec::kPad;
+    const auto at = [&](bool there, int which, int64_t place) -> const S* {
+      return there ? block(p.own[which]) + place : nullptr;
+    };
+    return {at(p.left, 1, p.a),     at(p.left, 1, p.a_t),   at(p.right, 2, p.c),
+            at(p.right, 2, p.c_t),  at(p.bias, 3, p.beta),  at(p.scale, 4, p.s),
+            (p.n + pad - 1) / pad * pad, (p.m + pad - 1) / pad * pad};
+  }
+  FASTKFO_FN Gradients<S> gradients(const Param& p) const {
+    S* g = scratch.gradients;
+    const auto at = [&](int64_t bit, int64_t place) -> S* {
+      return p.wanted & bit ? g + place : nullptr;
+    };
+    return {g + p.at, at(kLeft, p.g_a), at(kRight, p.g_c), at(kBias, p.g_beta), at(kScale, p.g_s)};
+  }
+  // keeps: what the cotangents d are in, the record itself or another one
+  FASTKFO_FN Span<S> span(const Pass& pass, const S* x0, S* record, S* cotangents,
+                                 int l) const {
+    const Slots* s = pass.slots;
+    return {pass.samples,
+            pass.ld,
+            l == 0 ? x0 : record + s[l].a,
+            l + 1 < plan.layers ? record + s[l + 1].a : record + pass.out,
+            l == 0 ? nullptr : cotangents + s[l - 1].d,
+            cotangents + s[l].d,
+            nullptr, nullptr, nullptr, nullptr};
+  }
+  FASTKFO_FN Span<S> tangent_span(const S* record, int l) const {
+    Span<S> at = span(plan.support, x(), const_cast<S*>(record), const_cast<S*>(record), l);
+    const Slots* s = plan.support.slots;
+    S* along = scratch.record;
+    at.x_t = l == 0 ? nullptr : along + s[l].a;
+    at.y_t = l + 1 < plan.layers ? along + s[l + 1].a : along + plan.support.out;
+    at.d_x_t = l > 0 ? along + s[l - 1].d : plan.want_x_s ? scratch.room.cols_in : nullptr;
+    at.d_y_t = along + s[l].d;
+    return at;
+  }
+  template <bool BATCH>
+  FASTKFO_FN Norm<Exec, BATCH> norm(const Layer& layer, const Span<S>& at, const S* record,
+                                           const Slots& slots, int k) const {
+    S* mutable_record = const_cast<S*>(record);
+    const int64_t row = scratch_row();
+    return {ex, layer, at, mutable_record + slots.hat, mutable_record + slots.inv,
+            theta(k, layer.weight), theta(k, layer.bias), scratch.lanes, scratch.lanes + row};
+  }
+  FASTKFO_FN int64_t scratch_row() const { return plan.lanes; }
+  FASTKFO_FN WeightStep<S> weight_step(const S* record, int l) const {
+    const Layer& layer = plan.layer[l];
+    const Param& p = plan.param[layer.weight];
+    const Slots& s = plan.support.slots[l];
+    const S* q = l == 0 ? tape + plan.q0 : record + s.q;
+    const bool same = !p.right || p.c_t == p.c;
+    return {plan.support.samples,
+            plan.support.ld,
+            l == 0 ? x() : record + s.a,
+            record + s.d,
+            record + (p.left ? s.p : s.d),
+            q,
+            l == 0 ? tape + plan.q0_t : nullptr,
+            same ? q : l == 0 ? tape + plan.q0_c : nullptr,
+            l == 0 ? tape + plan.x_rows : p.right ? nullptr : q};
+  }
+
+  // Data in and out.
+  FASTKFO_FN void take_features(const S* from, const Pass& pass, S* to) {
+    const int64_t ld = pass.ld, n = pass.samples, in = plan.in;
+    ex.each(in, ld, [=](int64_t r, int64_t i) {
+      const int64_t s = i - r * ld;
+      to[i] = s < n ? from[s * in + r] : S(0);
+    });
+  }
+  FASTKFO_FN void give_features(const S* from, const Pass& pass, S* to) {
+    const int64_t ld = pass.ld, in = plan.in;
+    ex.each(pass.samples * in, [=](int64_t i) { to[i] = from[i % in * ld + i / in]; });
+  }
+  FASTKFO_FN void take_support(const S* from) {
+    if (plan.steps == 0) return;
+    const Pass& pass = plan.support;
+    take_features(from, pass, x());
+    if (plan.layer[0].kind != kLinear) return;
+    const Param& p = plan.param[plan.layer[0].weight];
+    const Operands<S> by = operands(p);
+    const WeightUpdate<Exec> update{ex, p, by};
+    const int64_t in = plan.in, ld = p.ld;
+    S* rows = tape + plan.x_rows;
+    ex.each(pass.samples, ld, [=](int64_t r, int64_t i) {
+      const int64_t c = i - r * ld;
+      rows[i] = c < in ? from[r * in + c] : S(0);
+    });
+    if (p.right) {
+      update.right(x(), pass.samples, pass.ld, tape + plan.q0);
+      if (plan.keep && p.c_t != p.c)
+        ex.product(pass.samples, p.cols, p.cols, {x(), 1, pass.ld}, by.c_t, by.ld_c,
+                   tape + plan.q0_c, ld);
+    }
+    if (plan.keep && p.left && p.right)
+      ex.transpose(pass.samples, p.cols, tape + plan.q0, ld, tape + plan.q0_t, pass.ld);
+  }
+
+  // Passes.
+  FASTKFO_FN void pass_forward(const Pass& pass, const S* x0, S* record, int k,
+                                      S* statistics) {
+    for (int l = 0; l < plan.layers; ++l) {
+      const Layer& layer = plan.layer[l];
+      const Span<S> at = span(pass, x0, record, record, l);
+      if (layer.kind == kLinear) {
+        Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.forward(theta(k, layer.weight),
+                                                                         theta(k, layer.bias));
+      } else if (layer.kind == kBatchNorm) {
+        norm<true>(layer, at, record, pass.slots[l], k).forward(statistics);
+        if (statistics) statistics += 2 * layer.in;
+      } else if (layer.kind == kLayerNorm) {
+        norm<false>(layer, at, record, pass.slots[l], k).forward(nullptr);
+      } else {
+        Activation<Exec>{ex, layer, at}.forward();
+      }
+    }
+  }
+  FASTKFO_FN S value(const Pass& pass, int kind, S* record, const void* y) {
+    const TaskLoss<Exec> loss{ex, kind, plan.classes, pass.samples, pass.ld};
+    S* d = record + pass.slots[plan.layers - 1].d;
+    return loss.value(record + pass.out, y, record + pass.p, d, scratch.lanes);
+  }
+  FASTKFO_FN void pass_backward(const Pass& pass, const S* x0, S* record, S* cotangents,
+                                       int k, bool to_input) {
+    for (int l = plan.layers - 1; l >= (to_input ? 0 : 1); --l) {
+      const Layer& layer = plan.layer[l];
+      Span<S> at = span(pass, x0, record, cotangents, l);
+      if (l == 0) at.d_x = scratch.room.cols_in;
+      if (layer.kind == kLinear)
+        Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.backward(theta(k, layer.weight));
+      else if (layer.kind == kBatchNorm)
+        norm<true>(layer, at, record, pass.slots[l], k).backward();
+      else if (layer.kind == kLayerNorm)
+        norm<false>(layer, at, record, pass.slots[l], k).backward();
+      else
+        Activation<Exec>{ex, layer, at}.scaled_by_derivative(at.d_y, at.d_x);
+    }
+  }
+  // g of the vectors of layer l, to g_w and g_b
+  FASTKFO_FN void vector_gradients(const Pass& pass, const S* record, const Span<S>& at,
+                                          int l, int k, S* g_w, S* g_b) {
+    const Layer& layer = plan.layer[l];
+    const S* d = at.d_y;
+    if (layer.kind == kLinear) {
+      if (layer.bias >= 0)
+        ex.sum_rows(layer.out, pass.samples, pass.ld, g_b, [=](int64_t, int64_t i) { return d[i]; });
+    } else if (layer.kind == kBatchNorm) {
+      norm<true>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
+    } else if (layer.kind == kLayerNorm) {
+      norm<false>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
+    }
+  }
+
+  // theta_{k+1}
+  FASTKFO_FN void step(S* record, int k) {
+    S* next = theta_after(k + 1);
+    for (int l = 0; l < plan.layers; ++l) {
+      const Layer& layer = plan.layer[l];
+      const Slots& s = plan.support.slots[l];
+      const Span<S> at = span(plan.support, x(), record, record, l);
+      vector_gradients(plan.support, record, at, l, k, record + s.g_w, record + s.g_b);
+      if (layer.kind == kLinear) {
+        const Param& p = plan.param[layer.weight];
+        const Operands<S> by = operands(p);
+        const WeightUpdate<Exec> update{ex, p, by};
+        const WeightStep<S> w = weight_step(record, l);
+        if (p.left) update.left(w, record + s.p);
+        if (l > 0) update.right(w.x, w.samples, w.ld, record + s.q);
+        update.step(w, theta(k, p), next + p.at, scratch.room);
+      } else {
+        vector_step(layer.weight, record + s.g_w, k);
+      }
+      vector_step(layer.bias, record + s.g_b, k);
+    }
+  }
+  FASTKFO_FN void vector_step(int index, const S* g, int k) {
+    if (index < 0) return;
+    const Param& p = plan.param[index];
+    const Operands<S> by = operands(p);
+    VectorUpdate<Exec>{ex, p, by}.step(g, theta(k, p), theta_after(k + 1) + p.at, scratch.lanes);
+  }
+
+  // lambda_K, and V of the last step where that is cheaper from the query's rows
+  FASTKFO_FN void query_backward(S cotangent, bool add, S* x_q_grad) {
+    const Pass& pass = plan.query;
+    S* record = tape + plan.query_record;
+    S* cotangents = scratch.query;
+    const S* x_q = record + pass.slots[0].a;
+    const S* d = record + pass.slots[plan.layers - 1].d;
+    S* scaled = cotangents + pass.slots[plan.layers - 1].d;
+    ex.each(int64_t(plan.classes) * pass.ld, [=](int64_t i) { scaled[i] = cotangent * d[i]; });
+    pass_backward(pass, x_q, record, cotangents, plan.steps, plan.want_x_q);
+    if (plan.want_x_q) give_features(scratch.room.cols_in, pass, x_q_grad);
+    for (int l = 0; l < plan.layers; ++l) {
+      const Layer& layer = plan.layer[l];
+      const Span<S> at = span(pass, x_q, record, cotangents, l);
+      S *g_w = cotangents + pass.slots[l].g_w, *g_b = cotangents + pass.slots[l].g_b;
+      vector_gradients(pass, record, at, l, plan.steps, g_w, g_b);
+      add_vector(layer.bias, g_b);
+      if (layer.kind != kLinear) {
+        add_vector(layer.weight, g_w);
+        continue;
+      }
+      const Param& p = plan.param[layer.weight];
+      S *rows = scratch.room.rows_in_2, *lambda = lambda_of(layer.weight);
+      ex.transpose(p.cols, pass.samples, at.x, pass.ld, rows, p.ld);
+      ex.product(p.rows, p.cols, pass.samples, {at.d_y, pass.ld, 1}, rows, p.ld, lambda, p.ld,
+                 S(1), lambda);
+      if (add || plan.first_order || p.v_dense_at_first || direct(p) || plan.steps == 0) continue;
+      const Operands<S> by = operands(p);
+      WeightUpdate<Exec>{ex, p, by}.moved(at.d_y, at.x, p.right ? nullptr : rows, pass.samples,
+                                          pass.ld, v_of(layer.weight), true, scratch.room);
+    }
+  }
+  FASTKFO_FN void add_vector(int index, const S* g) {
+    if (index < 0) return;
+    S* to = lambda_of(index);
+    ex.each(plan.param[index].n, [=](int64_t i) { to[i] += g[i]; });
+  }
+  // Whether V is a multiple of lambda.
+  static FASTKFO_FN bool direct(const Param& p) { return !p.left && !p.right && !p.scale; }
+  FASTKFO_FN Scaled<S> direction(const Param& p, int index) const {
+    if (direct(p)) return {lambda_of(index), -S(p.alpha)};
+    return {v_of(index), S(1)};
+  }
+
+  // V_k of every parameter, and the gradients of the operands in step k
+  FASTKFO_FN void adjoint(const S* record, bool know_v) {
+    for (int l = 0; l < plan.layers; ++l) {
+      const Layer& layer = plan.layer[l];
+      const Slots& s = plan.support.slots[l];
+      if (layer.kind == kLinear) {
+        const Param& p = plan.param[layer.weight];
+        const Operands<S> by = operands(p);
+        const WeightUpdate<Exec> update{ex, p, by};
+        const bool anew = p.scale || p.v_dense || (!know_v) ||
+                          (first_of_all(record) && p.v_dense_at_first);
+        const S* through = update.adjoint(weight_step(record, l), lambda_of(layer.weight),
+                                          gradients(p), scratch.room, l == 0 ? scratch.fixed : nullptr);
+        if (!plan.first_order && anew && !direct(p))
+          update.direction(through, v_of(layer.weight), scratch.room);
+      } else {
+        vector_adjoint(layer.weight, record + s.g_w);
+      }
+      vector_adjoint(layer.bias, record + s.g_b);
+    }
+  }
+  FASTKFO_FN bool first_of_all(const S* record) const {
+    return record == support_record(plan.steps - 1);
+  }
+  FASTKFO_FN void vector_adjoint(int index, const S* g) {
+    if (index < 0) return;
+    const Param& p = plan.param[index];
+    const Operands<S> by = operands(p);
+    VectorUpdate<Exec>{ex, p, by}.adjoint(g, lambda_of(index), gradients(p),
+                                          plan.first_order ? nullptr : v_of(index), scratch.lanes,
+                                          scratch.lanes + scratch_row());
+  }
+
+  FASTKFO_FN void tangent_forward(const S* record, int k) {
+    S* along = scratch.record;
+    for (int l = 0; l < plan.layers; ++l) {
+      const Layer& layer = plan.layer[l];
+      const Span<S> at = tangent_span(record, l);
+      const Slots& s = plan.support.slots[l];
+      if (layer.kind == kLinear) {
+        const Param& p = plan.param[layer.weight];
+        Linear<Exec>{ex, layer, at, p.ld}.forward_tangent(
+            theta(k, p), direction(p, layer.weight), v_of(layer.bias));
+      } else if (layer.kind == kBatchNorm) {
+        norm<true>(layer, at, record, s, k)
+            .forward_tangent(v_of(layer.weight), v_of(layer.bias), along + s.hat);
+      } else if (layer.kind == kLayerNorm) {
+        norm<false>(layer, at, record, s, k)
+            .forward_tangent(v_of(layer.weight), v_of(layer.bias), along + s.hat);
+      } else if (at.x_t) {
+        Activation<Exec>{ex, layer, at}.scaled_by_derivative(at.x_t, at.y_t);
+      } else {
+        S* to = at.y_t;
+        ex.each(int64_t(layer.out) * at.ld, [=](int64_t i) { to[i] = 0; });
+      }
+    }
+  }
+
+  // lambda_k = lambda_{k+1} + H V; what comes to the inputs goes to x_s_grad.
+  FASTKFO_FN void tangent_backward(const S* record, int k) {
+    const Pass& pass = plan.support;
+    S* along = scratch.record;
+    const TaskLoss<Exec> loss{ex, plan.loss, plan.classes, pass.samples, pass.ld};
+    loss.tangent(record + pass.p, along + pass.out, along + pass.slots[plan.layers - 1].d,
+                 scratch.lanes);
+    for (int l = plan.layers - 1; l >= 0; --l) {
+      const Layer& layer = plan.layer[l];
+      const Slots& s = pass.slots[l];
+      const Span<S> at = tangent_span(record, l);
+      if (layer.kind == kLinear) {
+        const Param& p = plan.param[layer.weight];
+        if (at.d_x_t)
+          Linear<Exec>{ex, layer, at, p.ld}.backward_tangent(theta(k, p),
+                                                             direction(p, layer.weight));
+        if (l == 0) add_input_gradient(at);
+        weight_tangent(record, at, l, k);
+        if (layer.bias >= 0) {
+          const S* d_t = at.d_y_t;
+          S* g = along + s.g_b;
+          ex.sum_rows(layer.out, at.samples, at.ld, g, [=](int64_t, int64_t i) { return d_t[i]; });
+          add_vector(layer.bias, g);
+        }
+        continue;
+      }
+      if (layer.kind == kBatchNorm)
+        norm_tangent<true>(record, at, l, k);
+      else if (layer.kind == kLayerNorm)
+        norm_tangent<false>(record, at, l, k);
+      else if (at.d_x_t)
+        Activation<Exec>{ex, layer, at}.backward_tangent();
+      if (l == 0) add_input_gradient(at);
+    }
+  }
+  FASTKFO_FN void add_input_gradient(const Span<S>& at) {
+    if (!plan.want_x_s) return;
+    const S* from = at.d_x_t;
+    S* to = scratch.x_s_grad;
+    ex.each(int64_t(plan.in) * at.ld, [=](int64_t i) { to[i] += from[i]; });
+  }
+  template <bool BATCH>
+  FASTKFO_FN void norm_tangent(const S* record, const Span<S>& at, int l, int k) {
+    const Layer& layer = plan.layer[l];
+    const Slots& s = plan.support.slots[l];
+    const auto layer_norm = norm<BATCH>(layer, at, record, s, k);
+    S* hat_t = scratch.record + s.hat;
+    S* more = scratch.lanes + 2 * scratch_row();
+    if (at.d_x_t) layer_norm.backward_tangent(v_of(layer.weight), hat_t, more);
+    layer_norm.gradients_tangent(hat_t, lambda_of(layer.weight), lambda_of(layer.bias), more);
+  }
+  // lambda += d_t X' + d X_t', and V with it
+  FASTKFO_FN void weight_tangent(const S* record, const Span<S>& at, int l, int k) {
+    const int index = plan.layer[l].weight;
+    const Param& p = plan.param[index];
+    const Room<S>& room = scratch.room;
+    const WeightStep<S> step = weight_step(record, l);
+    S *lambda = lambda_of(index), *x_t_rows = room.rows_in_2;
+    const S* rows = step.x_rows;
+    if (!rows) {
+      ex.transpose(p.cols, at.samples, at.x, at.ld, room.rows_in, p.ld);
+      rows = room.rows_in;
+    }
+    ex.product(p.rows, p.cols, at.samples, {at.d_y_t, at.ld, 1}, rows, p.ld, lambda, p.ld, S(1),
+               lambda);
+    if (at.x_t) {
+      ex.transpose(p.cols, at.samples, at.x_t, at.ld, x_t_rows, p.ld);
+      ex.product(p.rows, p.cols, at.samples, {at.d_y, at.ld, 1}, x_t_rows, p.ld, lambda, p.ld,
+                 S(1), lambda);
+    }
+    if (k == 0 || direct(p) || p.scale || p.v_dense) return;
+    const Operands<S> by = operands(p);
+    const WeightUpdate<Exec> update{ex, p, by};
+    S* v = v_of(index);
+    update.moved(at.d_y_t, at.x, step.q_c, at.samples, at.ld, v, false, room);
+    if (!at.x_t) return;
+    const S* x_c = p.right ? nullptr : x_t_rows;
+    if (p.left && p.a_t == p.a)
+      update.moved_by(step.p, at.x_t, x_c, at.samples, at.ld, v, false, room);
+    else
+      update.moved(at.d_y, at.x_t, x_c, at.samples, at.ld, v, false, room);
+  }
+};
+
+}  // namespace fastkfo::inner_loop::FASTKFO_LEVEL
