@@ -15,6 +15,7 @@ from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
 from fastkfo.inner_loop.clones import by_clones
+from fastkfo.inner_loop.fused import Fused, Unfusable
 from fastkfo.inner_loop.inputs import Batch, Group, check_batch, grouped
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
 from fastkfo.inner_loop.leaves import Leaves
@@ -64,9 +65,10 @@ class InnerLoop(nn.Module):
             every task goes on with its own.
         chunk_size: how many tasks at a time; forward keeps nothing but losses and predictions, and
             the backward pass runs every chunk again. None: all.
-        backend: "auto", "fused" (not there yet), "batched" (all tasks in one pass) or "loop" (task
-            after task, for any model). "auto" is "batched" and, where a model cannot be, "loop",
-            with one warning that says why. A name never falls back.
+        backend: "fused" (all steps of all tasks in one native call: linear heads and MLPs, see
+            docs/inner_loop.md), "batched" (all tasks in one pass) or "loop" (task after task, for
+            any model). "auto" is the first of these that can, with one warning, that says why,
+            where it is "loop". A name never falls back.
         capture: whether to replay a CUDA graph: "auto", True or False. Not there yet: `explain`
             says what happens instead.
 
@@ -117,11 +119,6 @@ class InnerLoop(nn.Module):
             check_count("chunk_size", chunk_size, 1)
         if features is not None and not isinstance(features, nn.Module):
             raise TypeError(f"features: expected a module, got {type(features).__name__}")
-        if backend == "fused":
-            raise ValueError(
-                "backend: expected 'auto', 'batched' or 'loop', got 'fused': there is no fused "
-                "inner loop yet"
-            )
         self.learner, self.features, self.steps = learner, features, steps
         self.loss = as_loss("loss", loss)
         self.query_loss = self.loss if query_loss is None else as_loss("query_loss", query_loss)
@@ -129,6 +126,8 @@ class InnerLoop(nn.Module):
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
         self._said = False
+        if backend == "fused" and (reason := self.why_not_fused()):
+            raise _not_fused(reason)
 
     def forward(
         self,
@@ -216,6 +215,33 @@ class InnerLoop(nn.Module):
         if self.backend == "loop":
             return "backend='loop'"
         return self._own_step() or self._refused
+
+    def why_not_fused(self) -> str | None:
+        """Why the inner loop is not one native call, as far as its tasks have no part in that."""
+        try:
+            self._fused(self.settings(), None)
+        except Unfusable as refused:
+            return str(refused)
+        return None
+
+    def _fused(self, settings: Settings, weights: Tensor | None) -> Fused:
+        """The inner loop as one native call.
+
+        Raises:
+            Unfusable: it is not.
+        """
+        if self.backend not in ("auto", "fused"):
+            raise Unfusable(f"backend={self.backend!r}")
+        for name, value, only in (
+            ("memory", settings.memory, "full"),
+            ("chunk_size", self.chunk_size, None),
+            ("step_weights", weights, None),
+        ):
+            if value is not only and value != only:
+                raise Unfusable(f"{name} is not {only!r}")
+        if reason := self._own_step():
+            raise Unfusable(reason)
+        return Fused(settings.rule, settings.loss, settings.query_loss)
 
     def settings(self, steps: int | None = None) -> Settings:
         """What does not change from task to task."""
@@ -305,8 +331,27 @@ class InnerLoop(nn.Module):
     def _pieces(
         self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None, size: int
     ) -> tuple[Outcome, Parts]:
+        if not settings.each:
+            try:
+                return self._in_one_call(settings, batch, tasks, weights)
+            except Unfusable as refused:
+                if self.backend == "fused":
+                    raise _not_fused(str(refused)) from refused
         leaves = self.leaves(batch, weights)
         return run_pieces(settings, leaves, batch, tasks, size, self.chunk_size is not None)
+
+    def _in_one_call(
+        self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
+    ) -> tuple[Outcome, Parts]:
+        fused = self._fused(settings, weights)
+        parts: list[TaskBuffers] = []
+        if self.features is not None:
+            run = Run(settings, batch, tasks, weighted=False)
+            batch = run.featured(self.leaves(batch, None))
+            parts = run.buffers[1:]
+        batch = fused.inputs(batch)
+        found, own = fused.run(batch, settings.steps, settings.buffers)
+        return found, [own + parts]
 
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
         if (reason := self._own_step()) is not None:
@@ -363,6 +408,10 @@ class InnerLoop(nn.Module):
             f"steps={self.steps}, memory={self.memory!r}, buffers={self.buffer_mode!r}, "
             f"chunk_size={self.chunk_size}, backend={self.backend!r}"
         )
+
+
+def _not_fused(reason: str) -> ValueError:
+    return ValueError(f"backend: expected an inner loop that can be fused, for 'fused'. {reason}")
 
 
 Parts = list[list[TaskBuffers]]

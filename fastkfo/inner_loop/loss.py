@@ -60,6 +60,10 @@ class PerTask:
         """Whether all tasks are one call."""
         return self._kernel is not None
 
+    def fused_name(self) -> str | None:
+        """Its name among the losses of `functional.inner_loop`, if it is one of them."""
+        return fused_name(self.loss) if self._is_plain() else None
+
     def __call__(self, predictions: Any, targets: Any, *more: Any) -> Tensor:
         """The loss of every task.
 
@@ -116,19 +120,30 @@ def _tasks_of(args: Any) -> int:
     return next(len(x) for x in tree_leaves(args) if isinstance(x, Tensor))
 
 
-def _kernel_of(loss: Loss) -> Callable[[Any, Any], Tensor | None] | None:
-    if loss is F.cross_entropy or (
-        type(loss) is nn.CrossEntropyLoss
-        and is_plain(loss)
-        and (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
-        == (None, -100, "mean", 0.0)
-    ):
-        return _CrossEntropy()
-    if loss is F.mse_loss or (
-        type(loss) is nn.MSELoss and is_plain(loss) and loss.reduction == "mean"
-    ):
-        return _mse
+def fused_name(loss: Any) -> str | None:
+    """Which known loss a callable exactly is: softmax cross-entropy or squares, mean or sum."""
+    if loss is F.cross_entropy:
+        return "cross_entropy_mean"
+    if loss is F.mse_loss:
+        return "mse_mean"
+    if not isinstance(loss, nn.Module) or not is_plain(loss):
+        return None
+    reduction = getattr(loss, "reduction", None)
+    if reduction not in ("mean", "sum"):
+        return None
+    if isinstance(loss, nn.MSELoss) and type(loss) is nn.MSELoss:
+        return f"mse_{reduction}"
+    if isinstance(loss, nn.CrossEntropyLoss) and type(loss) is nn.CrossEntropyLoss:
+        plain = (loss.weight, loss.ignore_index, loss.label_smoothing) == (None, -100, 0.0)
+        return f"cross_entropy_{reduction}" if plain else None
     return None
+
+
+def _kernel_of(loss: Loss) -> Callable[[Any, Any], Tensor | None] | None:
+    known = fused_name(loss)
+    if known == "cross_entropy_mean":
+        return _CrossEntropy()
+    return _mse if known == "mse_mean" else None
 
 
 def _mse(predictions: Any, targets: Any) -> Tensor | None:

@@ -24,6 +24,7 @@ def register() -> None:
             _negative.impl(name, partial(_without_negative_views, name), "Negative")
         for name in (
             "gram", "gram_vjp", "gram_jvp", "cross_entropy", "cross_entropy_double_backward",
+            "inner_loop_forward", "inner_loop_backward",
         ):  # fmt: skip
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
 
@@ -95,3 +96,39 @@ def _cross_entropy(logits, labels):  # type: ignore[no-untyped-def]
 
 def _cross_entropy_double_backward(v, cotangent, p, residual):  # type: ignore[no-untyped-def]
     return p.new_empty(p.shape[:1]), p.new_empty(p.shape)
+
+
+def _inner_loop_forward(  # type: ignore[no-untyped-def]
+    theta, left, right, bias, scale, x_s, y_s, x_q, y_q, layers, constants, alpha, steps, loss,
+    query_loss, symmetric, keep, adapted,
+):  # fmt: skip
+    tasks, classes = x_s.shape[0], layers[-3]
+    batch_norm = 8  # its number in csrc/inner_loop/plan.h
+    statistics = sum([2 * layers[k + 1] for k in range(0, len(layers), 5) if layers[k] == batch_norm])
+    asked = x_q is not None and y_q is not None
+    tape = torch.library.get_ctx().new_dynamic_size()
+    outputs = [
+        x_s.new_empty(tasks if asked else 0),
+        x_s.new_empty(tasks, steps),
+        x_s.new_empty(0, 0, classes) if x_q is None else x_s.new_empty(*x_q.shape[:2], classes),
+        x_s.new_empty(tasks, steps + (x_q is not None), statistics),
+        x_s.new_empty(tasks if keep else 0, tape),
+    ]
+    if adapted:
+        matrices = {layers[k + 3] for k in range(0, len(layers), 5) if layers[k] == 0}
+        ranks = [2 if i in matrices else 1 for i in range(len(theta))]
+        outputs += [x_s.new_empty(tasks, *p.shape[-r:]) for p, r in zip(theta, ranks, strict=True)]
+    return outputs
+
+
+def _inner_loop_backward(  # type: ignore[no-untyped-def]
+    d_loss, d_adapted, theta, left, right, bias, scale, x_s, y_s, x_q, y_q, tape, layers,
+    constants, alpha, steps, loss, query_loss, symmetric, first_order, wanted, want_x_s, want_x_q,
+):  # fmt: skip
+    outputs = [
+        _empty(group[i])
+        for i, mask in enumerate(wanted)
+        for bit, group in enumerate((theta, left, right, bias, scale))
+        if mask & (1 << bit)
+    ]
+    return outputs + [_empty(x) for x, w in ((x_s, want_x_s), (x_q, want_x_q)) if w]

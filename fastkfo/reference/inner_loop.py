@@ -48,12 +48,15 @@ class Result(NamedTuple):
         predictions: of the query, `[T, Q, C]`, or None without query inputs.
         support_loss: `[T, K]`.
         theta: θ_K, `[T, ...]` each.
+        statistics: mean and biased variance of every batch norm, one pass after the other,
+            `[T, passes, F]`, detached.
     """
 
     loss: Tensor | None
     predictions: Tensor | None
     support_loss: Tensor
     theta: list[Tensor]
+    statistics: Tensor
 
 
 ELEMENTWISE: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -114,12 +117,16 @@ def inner_loop(
     """
     tasks = x_s.shape[0]
     ranks = _ranks(layers, len(theta))
-    now = [p if p.dim() > rank else p.expand(tasks, *p.shape) for p, rank in zip(theta, ranks, strict=True)]
-    support = []
+    now = [
+        p if p.dim() > rank else p.expand(tasks, *p.shape)
+        for p, rank in zip(theta, ranks, strict=True)
+    ]
+    support: list[Tensor] = []
+    seen: list[list[Tensor]] = []
     for _ in range(steps):
         with torch.enable_grad():
             point = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
-            losses = value(loss, forward(layers, point, x_s), y_s)
+            losses = value(loss, forward(layers, point, x_s, seen), y_s)
             graph = create_graph and not first_order
             grads = torch.autograd.grad(losses.sum(), point, create_graph=graph)
         support.append(losses.detach())
@@ -127,10 +134,12 @@ def inner_loop(
             p - alpha[i] * update(g, left[i], right[i], bias[i], scale[i])
             for i, (p, g) in enumerate(zip(now, grads, strict=True))
         ]
-    predictions = None if x_q is None else forward(layers, now, x_q)
+    predictions = None if x_q is None else forward(layers, now, x_q, seen)
     total = None if predictions is None or y_q is None else value(query_loss, predictions, y_q)
     stacked = torch.stack(support, 1) if support else x_s.new_zeros(tasks, 0)
-    return Result(total, predictions, stacked, now)
+    passes = [torch.cat(x, 1) if x else x_s.new_empty(tasks, 0) for x in seen]
+    statistics = torch.stack(passes, 1) if passes else x_s.new_empty(tasks, 0, 0)
+    return Result(total, predictions, stacked, now, statistics)
 
 
 def update(
@@ -146,8 +155,12 @@ def update(
     return u if scale is None else scale * u
 
 
-def forward(layers: Sequence[Layer], theta: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The model for T tasks, `[T, S, m]` to `[T, S, C]`."""
+def forward(
+    layers: Sequence[Layer], theta: Sequence[Tensor], x: Tensor, seen: list[list[Tensor]]
+) -> Tensor:
+    """The model for T tasks, `[T, S, m]` to `[T, S, C]`; statistics of norms go to `seen`."""
+    statistics: list[Tensor] = []
+    seen.append(statistics)
     for layer in layers:
         weight = theta[layer.weight] if layer.weight >= 0 else None
         bias = theta[layer.bias] if layer.bias >= 0 else None
@@ -156,7 +169,8 @@ def forward(layers: Sequence[Layer], theta: Sequence[Tensor], x: Tensor) -> Tens
             x = x @ weight.mT
             x = x if bias is None else x + bias.unsqueeze(1)
         elif layer.kind == "batch_norm":
-            x = batch_norm(x, weight, bias, layer.constant)[0]
+            x, mean, var = batch_norm(x, weight, bias, layer.constant)
+            statistics += [mean.detach(), var.detach()]
         elif layer.kind == "layer_norm":
             x = F.layer_norm(x, x.shape[-1:], eps=layer.constant)
             x = x if weight is None else x * weight.unsqueeze(1)
