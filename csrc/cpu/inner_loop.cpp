@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 
+#include "cpu/gemm.h"
 #include "cpu/inner_loop_kernels.h"
 #include "cpu/levels.h"
 #include "cpu/operand.h"
@@ -56,7 +57,7 @@ struct Call {
   Ints layers;  // five per layer: kind, in, out, weight, bias
   Floats constants, alpha;
   int64_t steps, loss, query_loss;
-  bool symmetric, first_order;
+  bool psd, first_order;
 };
 
 void same_dtype(const Tensor& x, const Tensor& like, const char* name) {
@@ -88,7 +89,7 @@ class Prepared {
     plan.want_x_s = want_x_s;
     plan.want_x_q = want_x_q;
     planned.pad = 64 / sizeof(S);
-    planned.symmetric = call.symmetric;
+    planned.symmetric = call.psd;
     planned.finish(call.x_s.size(1), plan.has_query ? call.x_q->size(1) : 0);
   }
 
@@ -111,13 +112,23 @@ class Prepared {
             plan().has_query_targets ? row(*call_.y_q) : nullptr};
   }
 
-  int64_t size(const Param& p, int which) const { return rows(p, which) * columns(p, which); }
+  // Of the numbers that the algorithm has, and of those that the caller has: with psd, a factor
+  // may have more or fewer rows than its square.
   static int64_t rows(const Param& p, int which) {
     return which == 1 ? p.n : which == 2 ? p.m : p.rows;
   }
   static int64_t columns(const Param& p, int which) {
     return which == 1 ? p.n : which == 2 ? p.m : p.cols;
   }
+  int64_t given_rows(size_t i, int which) const {
+    if (!squared(which)) return rows(planned.params[i], which);
+    const Tensor& x = *call_.operands[which][i];
+    return x.size(x.dim() - 2);
+  }
+  int64_t given_size(size_t i, int which) const {
+    return given_rows(i, which) * columns(planned.params[i], which);
+  }
+  bool squared(int which) const { return call_.psd && (which == 1 || which == 2); }
 
   // The operands that all tasks share (own = false), or those of task t, into a block.
   void fill(bool own, int64_t t, S* block) const {
@@ -126,13 +137,33 @@ class Prepared {
       for (int which = 0; which < kOperands; ++which) {
         const S* from = of(which, i);
         if (!from || p.own[which] != own) continue;
-        if (own) from += t * size(p, which);
+        if (own) from += t * given_size(i, which);
         const int64_t places[] = {p.at, p.a, p.c, p.beta, p.s};
+        if (squared(which)) {
+          square(from, given_rows(i, which), columns(p, which), block + places[which]);
+          continue;
+        }
         copy(from, rows(p, which), columns(p, which), block + places[which]);
         if (which == 1 && p.a_t != p.a) transpose(from, p.n, block + p.a_t);
         if (which == 2 && p.c_t != p.c) transpose(from, p.m, block + p.c_t);
       }
     }
+  }
+  // L' L
+  void square(const S* from, int64_t r, int64_t n, S* to) const {
+    const int64_t ld = planned.padded(n);
+    cpu::Scratch<S> own;
+    gemm<S>(n, n, r, {from, 1, n}, {from, n, 1}, to, ld, false, own);
+    for (int64_t k = 0; k < n; ++k) std::fill(to + k * ld + n, to + (k + 1) * ld, S(0));
+  }
+  // The gradient of L in place of that of A = L' L:  L (G + G')
+  void through_square(size_t i, int which, int64_t t, S* g, S* to) const {
+    const int64_t n = columns(planned.params[i], which), r = given_rows(i, which);
+    const S* factor = of(which, i) + t * given_size(i, which);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t k = 0; k <= j; ++k) g[j * n + k] = g[k * n + j] = g[j * n + k] + g[k * n + j];
+    cpu::Scratch<S> own;
+    gemm<S>(r, n, n, {factor, n, 1}, {g, n, 1}, to, n, false, own);
   }
   bool any_own() const {
     for (const Param& p : planned.params)
@@ -259,13 +290,14 @@ class Prepared {
         if (!present) continue;
         Tensor& x = *group[i];
         same_dtype(x, call_.x_s, "operands");
-        const int64_t rank = which == 1 || which == 2 || matrix_[i] ? 2 : 1;
-        p.own[which] = x.dim() == rank + 1;
-        const int64_t n = size(p, which), copies = p.own[which] ? tasks : 1;
-        STD_TORCH_CHECK((x.dim() == rank || p.own[which]) && x.numel() == n * copies &&
-                            (!p.own[which] || x.size(0) == tasks) &&
-                            x.size(x.dim() - 1) == columns(p, which),
+        const bool factor = which == 1 || which == 2;
+        STD_TORCH_CHECK(!factor || (x.dim() >= 2 && x.size(x.dim() - 1) == columns(p, which)),
                         "fastkfo: operand ", which, " of parameter ", i, " does not fit");
+        const int64_t n = given_size(i, which);
+        // Of one task, the two are the same.
+        p.own[which] = tasks > 1 && x.numel() == n * tasks && (!factor || x.dim() == 3);
+        STD_TORCH_CHECK(x.numel() == n || p.own[which], "fastkfo: operand ", which,
+                        " of parameter ", i, " does not fit");
         contiguous(x);
       }
     }
@@ -330,8 +362,31 @@ void check_labels(const Call& call, bool query) {
 }
 
 template <class S>
-Tensors forward(Call& call, bool keep, bool adapted) {
+bool is_finite(const S* x, int64_t ld, int64_t rows, int64_t columns) {
+  S sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) sum += x[r * ld + c] * 0;
+  return sum == 0;
+}
+
+template <class S>
+int64_t tape_of(Call& call) {
+  return Prepared<S>(call, true, {}, false, false).plan().tape;
+}
+
+template <class S>
+void check_tape(const Tensor& tape, const Prepared<S>& prepared, const Tensor& like) {
+  STD_TORCH_CHECK(tape.dim() == 2 && tape.size(0) == prepared.tasks &&
+                      tape.size(1) == prepared.plan().tape && tape.is_contiguous(),
+                  "fastkfo: not the tape of this call");
+  same_dtype(tape, like, "tape");
+}
+
+template <class S>
+Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
+  const bool keep = tape.has_value();
   const Prepared<S> prepared(call, keep, {}, false, false);
+  if (keep) check_tape(*tape, prepared, call.x_s);
   const Plan& plan = prepared.plan();
   check_labels(call, false);
   if (plan.has_query_targets) check_labels(call, true);
@@ -342,8 +397,8 @@ Tensors forward(Call& call, bool keep, bool adapted) {
   Tensor predictions =
       empty_of(like, {plan.has_query ? tasks : 0, plan.query.samples, plan.classes});
   Tensor statistics = empty_of(like, {tasks, passes, plan.statistics});
-  Tensor tape = empty_of(like, {keep ? tasks : 0, plan.tape});
-  Tensors results{loss, support_loss, predictions, statistics, tape};
+  Tensor finite = torch::stable::empty({tasks}, ScalarType::Bool);
+  Tensors results{loss, support_loss, predictions, statistics, finite};
   if (adapted)
     for (const Param& p : prepared.planned.params)
       results.push_back(p.rows == 1 && p.m == 1 ? empty_of(like, {tasks, p.cols})
@@ -352,7 +407,7 @@ Tensors forward(Call& call, bool keep, bool adapted) {
   const bool any_own = prepared.any_own();
   parallel_units(std::vector<int64_t>(tasks, prepared.operations()), [&](int64_t t) {
     const Workspace<S> space(prepared, !keep, false);
-    S* own_tape = keep ? data_of<S>(tape) + t * plan.tape : space.tape;
+    S* own_tape = keep ? data_of<S>(*tape) + t * plan.tape : space.tape;
     if (any_own) prepared.fill(true, t, space.own);
     const Blocks<S> blocks{shared.data, space.own};
     const Results<S> to{
@@ -362,6 +417,12 @@ Tensors forward(Call& call, bool keep, bool adapted) {
         plan.statistics ? data_of<S>(statistics) + t * passes * plan.statistics : nullptr};
     kernels<S>().forward(plan, blocks, prepared.planned.template carve<S>(space.work), own_tape,
                          prepared.data(t), to);
+    bool good = is_finite(to.support_loss, 0, 1, plan.steps);
+    if (to.loss)
+      good = good && is_finite(to.loss, 0, 1, 1);
+    else if (to.predictions)
+      good = good && is_finite(to.predictions, 0, 1, plan.query.samples * plan.classes);
+    static_cast<bool*>(finite.data_ptr())[t] = good;
     if (!adapted) return;
     const int64_t last = keep ? plan.steps - 1 : plan.steps % 2;
     for (size_t i = 0; i < prepared.planned.params.size(); ++i) {
@@ -376,41 +437,42 @@ Tensors forward(Call& call, bool keep, bool adapted) {
   return results;
 }
 
-template <class S>
-bool is_finite(const S* x, int64_t ld, int64_t rows, int64_t columns) {
-  S sum = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) sum += x[r * ld + c] * 0;
-  return sum == 0;
-}
-
 // One gradient that is returned.
 template <class S>
 struct Output {
   int64_t rows, columns, ld, at;  // where a task leaves it
   bool own;
-  Tensor tensor;
-  int64_t part;  // where it lies in a part's sums
+  size_t param;
+  int which;
+  Tensor tensor;  // of the operand's shape
+  int64_t part;   // where it lies in a part's sums
   int64_t size() const { return rows * columns; }
 };
 
 template <class S>
-std::vector<Output<S>> outputs_of(const Prepared<S>& prepared, const Tensor& like) {
+std::vector<Output<S>> outputs_of(const Prepared<S>& prepared, const Call& call) {
   std::vector<Output<S>> outputs;
-  for (const Param& p : prepared.planned.params) {
+  for (size_t i = 0; i < prepared.planned.params.size(); ++i) {
+    const Param& p = prepared.planned.params[i];
     const int64_t at[] = {p.at, p.g_a, p.g_c, p.g_beta, p.g_s};
     for (int which = 0; which < kOperands; ++which) {
       if (!(p.wanted & (1 << which))) continue;
       const int64_t rows = prepared.rows(p, which), columns = prepared.columns(p, which);
-      std::vector<int64_t> sizes;
-      if (p.own[which]) sizes.push_back(prepared.tasks);
-      if (which == 1 || which == 2 || p.m > 1 || p.rows > 1) sizes.push_back(rows);
-      sizes.push_back(columns);
       outputs.push_back({rows, columns, prepared.planned.padded(columns), at[which], p.own[which],
-                         empty_of(like, sizes), 0});
+                         i, which, empty_shaped_like(*call.operands[which][i]), 0});
     }
   }
   return outputs;
+}
+
+// The sums of one gradient, or those of one task, to where they are returned.
+template <class S>
+void deliver(const Prepared<S>& prepared, const Output<S>& out, int64_t t, S* g) {
+  S* to = data_of<S>(out.tensor) + t * prepared.given_size(out.param, out.which);
+  if (prepared.squared(out.which))
+    prepared.through_square(out.param, out.which, t, g, to);
+  else
+    std::copy(g, g + out.size(), to);
 }
 
 template <class S>
@@ -419,10 +481,7 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
   const Prepared<S> prepared(call, true, wanted, want_x_s, want_x_q);
   const Plan& plan = prepared.plan();
   const int64_t tasks = prepared.tasks;
-  STD_TORCH_CHECK(tape.dim() == 2 && tape.size(0) == tasks && tape.size(1) == plan.tape &&
-                      tape.is_contiguous(),
-                  "fastkfo: not the tape of this call");
-  same_dtype(tape, call.x_s, "tape");
+  check_tape(tape, prepared, call.x_s);
   if (d_loss.has_value()) {
     STD_TORCH_CHECK(d_loss->numel() == tasks && plan.has_query_targets, "fastkfo: bad d_loss");
     same_dtype(*d_loss, call.x_s, "d_loss");
@@ -439,7 +498,7 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
       contiguous(*d_adapted[i]);
       any_adapted = true;
     }
-  std::vector<Output<S>> outputs = outputs_of(prepared, call.x_s);
+  std::vector<Output<S>> outputs = outputs_of(prepared, call);
   Tensor x_s_grad = empty_of(call.x_s, {want_x_s ? tasks : 0, plan.support.samples, plan.in});
   Tensor x_q_grad = empty_of(call.x_s, {want_x_q ? tasks : 0, plan.query.samples, plan.in});
 
@@ -489,10 +548,13 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
     }
     bool good = true;
     for (const Output<S>& out : outputs) {
-      if (out.own)
-        take_rows(g + out.at, out.ld, out.rows, out.columns, data_of<S>(out.tensor) + t * out.size());
-      else
+      if (out.own) {
+        std::vector<S> dense(out.size());
+        take_rows(g + out.at, out.ld, out.rows, out.columns, dense.data());
+        deliver(prepared, out, t, dense.data());
+      } else {
         good = good && is_finite(g + out.at, out.ld, out.rows, out.columns);
+      }
     }
     if (!good || silent) return;
     for (const Output<S>& out : outputs) {
@@ -511,12 +573,12 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
   for (const Output<S>& out : outputs) {
     results.push_back(out.tensor);
     if (out.own) continue;
-    S* to = data_of<S>(out.tensor);
-    std::copy(sums.data() + out.part, sums.data() + out.part + out.size(), to);
+    S* to = sums.data() + out.part;
     for (int64_t part = 1; part < parts; ++part) {
-      const S* from = sums.data() + part * part_size + out.part;
+      const S* from = to + part * part_size;
       for (int64_t k = 0; k < out.size(); ++k) to[k] += from[k];
     }
+    deliver(prepared, out, 0, to);
   }
   if (want_x_s) results.push_back(x_s_grad);
   if (want_x_q) results.push_back(x_q_grad);
@@ -524,7 +586,7 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
 }
 
 template <class F>
-Tensors by_dtype(const Tensor& x, const F& run) {
+auto by_dtype(const Tensor& x, const F& run) -> decltype(run(float{})) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return run(float{});
@@ -541,12 +603,21 @@ MaybeTensors optional(Tensors tensors) { return MaybeTensors(tensors.begin(), te
 
 Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                            MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                           MaybeTensor y_q, Ints layers, Floats constants, Floats alpha,
-                           int64_t steps, int64_t loss, int64_t query_loss, bool symmetric,
-                           bool keep, bool adapted) {
+                           MaybeTensor y_q, MaybeTensor tape, Ints layers, Floats constants,
+                           Floats alpha, int64_t steps, int64_t loss, int64_t query_loss, bool psd,
+                           bool adapted) {
   Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, symmetric, false};
-  return by_dtype(x_s, [&](auto s) { return forward<decltype(s)>(call, keep, adapted); });
+            alpha, steps, loss, query_loss, psd, false};
+  return by_dtype(x_s, [&](auto s) { return forward<decltype(s)>(call, tape, adapted); });
+}
+
+int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
+                        MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
+                        MaybeTensor y_q, Ints layers, Floats constants, Floats alpha,
+                        int64_t steps, int64_t loss, int64_t query_loss, bool psd) {
+  Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
+            alpha, steps, loss, query_loss, psd, false};
+  return by_dtype(x_s, [&](auto s) { return tape_of<decltype(s)>(call); });
 }
 
 Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
@@ -554,10 +625,10 @@ Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors 
                             MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                             MaybeTensor y_q, Tensor tape, Ints layers, Floats constants,
                             Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
-                            bool symmetric, bool first_order, Ints wanted, bool want_x_s,
+                            bool psd, bool first_order, Ints wanted, bool want_x_s,
                             bool want_x_q) {
   Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, symmetric, first_order};
+            alpha, steps, loss, query_loss, psd, first_order};
   return by_dtype(x_s, [&](auto s) {
     return backward<decltype(s)>(call, d_loss, d_adapted, tape, wanted, want_x_s, want_x_q);
   });
@@ -567,5 +638,6 @@ Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors 
 
 STABLE_TORCH_LIBRARY_IMPL(fastkfo, CPU, m) {
   m.impl("inner_loop_forward", TORCH_BOX(&fastkfo::cpu::inner_loop_forward));
+  m.impl("inner_loop_tape", TORCH_BOX(&fastkfo::cpu::inner_loop_tape));
   m.impl("inner_loop_backward", TORCH_BOX(&fastkfo::cpu::inner_loop_backward));
 }

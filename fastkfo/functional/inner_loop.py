@@ -15,8 +15,7 @@ from torch.autograd import Function
 
 from fastkfo.functional import checks
 from fastkfo.functional.cross_entropy import check_range
-from fastkfo.functional.gram import gram_unchecked
-from fastkfo.kernels import selector
+from fastkfo.kernels import selector, tapes
 from fastkfo.reference import inner_loop as reference
 from fastkfo.reference.inner_loop import ELEMENTWISE, KINDS, LOSSES, Layer
 
@@ -34,6 +33,7 @@ class InnerLoopResult(NamedTuple):
         theta: θ_K, `[T, ...]` per parameter; empty unless asked for.
         statistics: mean and biased variance of every batch norm in every pass, detached:
             `[T, K + 1, F]` (K without `x_q`), F being twice the features of all of them.
+        finite: `[T]`, whether a task's losses are (its predictions, without a query loss).
     """
 
     loss: Tensor | None
@@ -41,41 +41,71 @@ class InnerLoopResult(NamedTuple):
     support_loss: Tensor
     theta: list[Tensor]
     statistics: Tensor
+    finite: Tensor
 
 
-class Spec(NamedTuple):
+class Spec:
     """Everything about a call that is no tensor.
 
-    Attributes:
+    Args:
         layers: the model.
+        present: which operands there are, one bit mask per parameter.
         alpha: one learning rate per parameter.
         steps: K.
-        loss: the support's, an index into `LOSSES`.
-        query_loss: the query's.
-        symmetric: whether all A and C equal their transposes.
+        losses: the support's and the query's, indices into `LOSSES`.
+        psd: whether factors are squared.
         first_order: whether gradients are constants.
-        present: which operands there are, one bit mask per parameter.
         adapted: whether θ_K is returned.
         native: whether the kernels run.
     """
 
-    layers: tuple[Layer, ...]
-    alpha: tuple[float, ...]
-    steps: int
-    loss: int
-    query_loss: int
-    symmetric: bool
-    first_order: bool
-    present: tuple[int, ...]
-    adapted: bool
-    native: bool
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        present: Sequence[int],
+        alpha: Sequence[float],
+        steps: int,
+        losses: tuple[int, int],
+        psd: bool,
+        first_order: bool,
+        adapted: bool,
+        native: bool,
+    ) -> None:
+        self.layers, self.present, self.alpha = layers, present, alpha
+        self.steps, self.losses, self.psd = steps, losses, psd
+        self.first_order, self.adapted, self.native = first_order, adapted, native
+        numbers: list[int] = []
+        for layer in layers:
+            numbers += (KINDS.index(layer.kind), *layer[1:5])
+        constants = [layer.constant for layer in layers]
+        self.arguments = (numbers, constants, list(alpha), steps, *losses, psd)
+        self._tape_sizes: dict[Any, int] = {}
+        # For each kind of operand and parameter, its place among those that follow each other.
+        place = iter(range(sum([mask.bit_count() for mask in present])))
+        self.places = [
+            [next(place) if mask & (1 << bit) else None for mask in present]
+            for bit in range(len(_GROUPS))
+        ]
 
     def groups(self, flat: Sequence[Any]) -> list[list[Any]]:
         """Operands that follow each other, as one list per kind with None for what is absent."""
-        values = iter(flat)
+        return [[None if k is None else flat[k] for k in places] for places in self.places]
+
+    def tape_size(self, data: Sequence[Any]) -> int:
+        """How many numbers per task the derivative needs."""
+        x_s, _, x_q, y_q = data[-4:]
+        key = (x_s.dtype, x_s.shape[1], x_q is None or x_q.shape[1], y_q is None)
+        size = self._tape_sizes.get(key)
+        if size is None:
+            size = torch.ops.fastkfo.inner_loop_tape.default(*data, *self.arguments)
+            self._tape_sizes[key] = size
+        return size
+
+    def masks(self, wants: Sequence[bool]) -> list[int]:
+        """What is wanted of every parameter, as bits."""
         return [
-            [next(values) if mask & (1 << bit) else None for mask in self.present]
-            for bit in range(len(_GROUPS))
+            sum([1 << bit for bit, k in enumerate(own) if k is not None and wants[k]])
+            for own in zip(*self.places, strict=True)
         ]
 
 
@@ -167,48 +197,54 @@ def inner_loop(
         groups.append([None] * count if group is None else list(group))
     alpha = _rates(lr, groups, layers)
     _check_operands(layers, groups, x_s, psd)
-    if psd:
-        groups[1], groups[2] = squares(groups[1], groups[2])
     chosen = selector.select(implementation, x_s.device)
     if x_s.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x_s: expected float32 or float64, got {x_s.dtype}")
     return inner_loop_unchecked(
         layers, groups, x_s, y_s, x_q, y_q,
-        alpha=alpha, steps=steps, losses=kinds, symmetric=psd, first_order=first_order,
+        alpha=alpha, steps=steps, losses=kinds, psd=psd, first_order=first_order,
         adapted=adapted, native=chosen == "native",
     )  # fmt: skip
 
 
 def inner_loop_unchecked(
-    layers: tuple[Layer, ...],
+    layers: Sequence[Layer],
     groups: Sequence[Sequence[Tensor | None]],
     x_s: Tensor,
     y_s: Tensor,
     x_q: Tensor | None,
     y_q: Tensor | None,
-    *,
-    alpha: tuple[float, ...],
-    steps: int,
-    losses: tuple[int, int],
-    symmetric: bool,
-    first_order: bool,
-    adapted: bool,
-    native: bool,
+    **options: Any,
 ) -> InnerLoopResult:
-    """`inner_loop` for operands known to be right: θ, A, C, β, S, one list each."""
-    present = [0] * len(alpha)
+    """`inner_loop` for operands known to be right: θ, L, R, β, S, one list each."""
+    present, flat = flattened(groups)
+    return run(Spec(layers, present, **options), flat, x_s, y_s, x_q, y_q)
+
+
+def flattened(groups: Sequence[Sequence[Tensor | None]]) -> tuple[list[int], list[Tensor]]:
+    """Which operands there are, as bits of every parameter; and these, one after the other."""
+    present = [0] * len(groups[0])
     flat = []
     for bit, group in enumerate(groups):
         for i, x in enumerate(group):
             if x is not None:
                 present[i] |= 1 << bit
                 flat.append(x)
-    spec = Spec(
-        layers, alpha, steps, *losses, symmetric, first_order, tuple(present), adapted, native
-    )
+    return present, flat
+
+
+def run(
+    spec: Spec,
+    flat: Sequence[Tensor],
+    x_s: Tensor,
+    y_s: Tensor,
+    x_q: Tensor | None,
+    y_q: Tensor | None,
+) -> InnerLoopResult:
+    """The call that a `Spec` says."""
     if torch._C._are_functorch_transforms_active():
-        return _by_reference(spec, x_s, y_s, x_q, y_q, flat)
-    loss, support, predictions, statistics, *theta = InnerLoop.apply(
+        return _by_reference(spec, x_s, y_s, x_q, y_q, flat, graph=True)
+    loss, support, predictions, statistics, finite, *theta = InnerLoop.apply(
         spec, x_s, y_s, x_q, y_q, *flat
     )
     return InnerLoopResult(
@@ -217,16 +253,7 @@ def inner_loop_unchecked(
         support,
         theta,
         statistics,
-    )
-
-
-def squares(left: Operands, right: Operands) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """LᵀL and RᵀR of all factors that are there, in one call."""
-    factors = [x for x in (*left, *right) if x is not None]
-    found = iter(gram_unchecked(factors) if factors else ())
-    return (
-        [None if x is None else next(found) for x in left],
-        [None if x is None else next(found) for x in right],
+        finite,
     )
 
 
@@ -248,74 +275,51 @@ class InnerLoop(Function):
         if not spec.native:
             found = _by_reference(spec, x_s, y_s, x_q, y_q, flat)
             nothing = x_s.new_empty(0)
-            outputs = [found.loss, found.support_loss, found.predictions, found.statistics]
+            outputs = [
+                found.loss, found.support_loss, found.predictions, found.statistics, found.finite,
+            ]  # fmt: skip
             results = [nothing if x is None else x.detach() for x in outputs]
             results += [x.detach() for x in found.theta]
-            ctx.save_for_backward(x_s, y_s, x_q, y_q, None, *flat)
+            ctx.tape = None
+            ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
         else:
-            keep = any(ctx.needs_input_grad)
-            loss, support, predictions, statistics, tape, *theta = (
-                torch.ops.fastkfo.inner_loop_forward.default(
-                    *spec.groups(flat), x_s, y_s, x_q, y_q, *_layer_arguments(spec), keep,
-                    spec.adapted,
-                )
-            )  # fmt: skip
-            results = [loss, support, predictions, statistics, *theta]
-            if keep:
-                ctx.save_for_backward(x_s, y_s, x_q, y_q, tape, *flat)
-        ctx.mark_non_differentiable(*results[1:4])
+            data = (*spec.groups(flat), x_s, y_s, x_q, y_q)
+            tape = None
+            if any(ctx.needs_input_grad):
+                ctx.tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
+                tape = ctx.tape.tensor
+                ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
+            results = torch.ops.fastkfo.inner_loop_forward.default(
+                *data, tape, *spec.arguments, spec.adapted
+            )
+        ctx.mark_non_differentiable(*results[1:5])
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         spec: Spec = ctx.spec
-        x_s, y_s, x_q, y_q, tape, *flat = ctx.saved_tensors
+        x_s, y_s, x_q, y_q, *flat = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        d_loss, d_theta = cotangents[0], cotangents[4:]
+        d_loss, d_theta = cotangents[0], cotangents[5:]
         if d_loss is None and not any([c is not None for c in d_theta]):
             return (None,) * len(wants)
-        if tape is None or torch.is_grad_enabled():
+        if ctx.tape is None or torch.is_grad_enabled():
             return _pulled_by_reference(spec, d_loss, d_theta, x_s, y_s, x_q, y_q, flat, wants)
-        masks = _masks(spec, wants[5:])
+        masks = spec.masks(wants[5:])
         found = iter(
             torch.ops.fastkfo.inner_loop_backward.default(
-                d_loss, list(d_theta), *spec.groups(flat), x_s, y_s, x_q, y_q, tape,
-                *_layer_arguments(spec), spec.first_order, masks, wants[1], wants[3],
+                d_loss, list(d_theta), *spec.groups(flat), x_s, y_s, x_q, y_q, ctx.tape.tensor,
+                *spec.arguments, spec.first_order, masks, wants[1], wants[3],
             )
         )  # fmt: skip
-        grads = [
-            {bit: next(found) for bit in range(len(_GROUPS)) if mask & (1 << bit)} for mask in masks
-        ]
+        own: list[Tensor | None] = [None] * len(flat)
+        for mask, places in zip(masks, zip(*spec.places, strict=True), strict=True):
+            for bit, k in enumerate(places):
+                if k is not None and mask & (1 << bit):
+                    own[k] = next(found)
         d_x_s = next(found) if wants[1] else None
         d_x_q = next(found) if wants[3] else None
-        own = [
-            grads[i].get(bit)
-            for bit in range(len(_GROUPS))
-            for i, mask in enumerate(spec.present)
-            if mask & (1 << bit)
-        ]
         return (None, d_x_s, None, d_x_q, None, *own)
-
-
-def _layer_arguments(spec: Spec) -> tuple[Any, ...]:
-    numbers: list[int] = []
-    for layer in spec.layers:
-        numbers += (
-            KINDS.index(layer.kind), layer.in_features, layer.out_features, layer.weight, layer.bias,
-        )  # fmt: skip
-    constants = [layer.constant for layer in spec.layers]
-    options = (spec.steps, spec.loss, spec.query_loss, spec.symmetric)
-    return (numbers, constants, spec.alpha, *options)
-
-
-def _masks(spec: Spec, wants: Sequence[bool]) -> list[int]:
-    """What is wanted of every parameter, as bits."""
-    masks = [0] * len(spec.present)
-    for bit, group in enumerate(spec.groups(wants)):
-        for i, wanted in enumerate(group):
-            if wanted:
-                masks[i] |= 1 << bit
-    return masks
 
 
 def _by_reference(
@@ -327,14 +331,23 @@ def _by_reference(
     flat: Sequence[Tensor],
     graph: bool = False,
 ) -> InnerLoopResult:
+    theta, left, right, bias, scale = spec.groups(flat)
+    if spec.psd:
+        left, right = ([None if x is None else x.mT @ x for x in group] for group in (left, right))
+    loss, query_loss = (LOSSES[k] for k in spec.losses)
     found = reference.inner_loop(
-        spec.layers, *spec.groups(flat), x_s, y_s, x_q, y_q,
-        alpha=spec.alpha, steps=spec.steps, loss=LOSSES[spec.loss],
-        query_loss=LOSSES[spec.query_loss], first_order=spec.first_order, create_graph=graph,
+        spec.layers, theta, left, right, bias, scale, x_s, y_s, x_q, y_q,
+        alpha=spec.alpha, steps=spec.steps, loss=loss, query_loss=query_loss,
+        first_order=spec.first_order, create_graph=graph,
     )  # fmt: skip
+    seen = [x for x in (found.loss, found.support_loss) if x is not None]
+    if found.loss is None and found.predictions is not None:
+        seen.append(found.predictions)
+    rows = [x.detach().isfinite().unsqueeze(1).flatten(1).all(1) for x in seen]
     return InnerLoopResult(
-        found.loss, found.predictions, found.support_loss,
-        found.theta if spec.adapted else [], found.statistics,
+        found.loss, None if found.predictions is None else found.predictions.detach(),
+        found.support_loss, found.theta if spec.adapted else [], found.statistics,
+        torch.stack(rows).all(0),
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkfo import nn as fnn
-from fastkfo.functional.inner_loop import check_inputs, inner_loop_unchecked, squares, times
+from fastkfo.functional.cross_entropy import check_range
+from fastkfo.functional.gram import gram_unchecked
+from fastkfo.functional.inner_loop import InnerLoopResult, Spec, flattened, run, times
 from fastkfo.inner_loop.buffers import TaskBuffers
-from fastkfo.inner_loop.containment import finite_rows
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.model import shell_of
@@ -56,14 +57,20 @@ class Model(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The operands of a step, one per parameter: A, C, β, S and the numbers α."""
+    """The operands of a step, one per parameter: L, R, β, S and the numbers α.
+
+    Attributes:
+        psd: whether the call squares the factors.
+        derived: whether some operand was computed from what is learned, and belongs to one graph.
+    """
 
     left: list[Tensor | None]
     right: list[Tensor | None]
     bias: list[Tensor | None]
     scale: list[Tensor | None]
     alpha: tuple[float, ...]
-    symmetric: bool
+    psd: bool
+    derived: bool
 
 
 _NAMES: dict[type, str] = {
@@ -207,7 +214,7 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
     rates = rule.lr if isinstance(rule.lr, (list, tuple, nn.ParameterList)) else None
     left: list[Tensor | None] = [None] * len(theta)
     right, bias, scale = list(left), list(left), list(left)
-    alpha, psd = [], []
+    alpha, squared, plain, derived = [], [], [], False
     for i, (transform, p) in enumerate(zip(transforms, theta, strict=True)):
         rate = rule.lr if rates is None else rates[i]
         factor = 1.0
@@ -217,20 +224,22 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
             own = own_scale(transform, kind, p) if kind is not None and part is None else None
             if part is not None:
                 left[i], right[i], bias[i] = part.left, part.right, part.bias
-                psd.append((i, part.psd))
+                (squared if part.psd else plain).append(i)
             elif own is not None:
-                scale[i] = own.expand(p.shape)
+                scale[i] = own if own.shape == p.shape else own.expand(p.shape)
+                derived = derived or own.shape != p.shape
                 factor = transform.lr if kind == "curvature" else 1.0
             elif kind == "curvature" and p.dim() == 2 and is_curvature_of(transform, p):
                 left[i], right[i] = transform._parameters["mc_in"], transform._parameters["mc_out"]
                 factor = transform.lr
-                psd.append((i, False))
+                plain.append(i)
             else:
                 name = type(transform).__name__
                 raise Unfusable(f"the transform of parameter {i}, {name}, is not known")
         if isinstance(rate, Tensor):
             if rate.numel() != 1 and rate.shape != p.shape:
                 raise Unfusable(f"the learning rate of parameter {i} has a shape of its own")
+            derived = derived or scale[i] is not None or rate.shape != p.shape
             scale[i] = times(rate, scale[i], p.shape)
             alpha.append(factor)
         else:
@@ -239,16 +248,13 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
         for i, x in enumerate(group):
             if x is not None and (x.dtype != theta[i].dtype or x.device != theta[i].device):
                 raise Unfusable(f"the transform of parameter {i} has another dtype or device")
-    bias = [
-        x.squeeze(-1) if x is not None and p.dim() == 1 and x.dim() == 2 else x
-        for x, p in zip(bias, theta, strict=True)
-    ]
-    squared = [i for i, is_psd in psd if is_psd]
-    if squared:
-        new_left, new_right = squares([left[i] for i in squared], [right[i] for i in squared])
-        for i, a, c in zip(squared, new_left, new_right, strict=True):
+    if squared and plain:  # the call squares all factors or none
+        factors: list[Any] = [x[i] for x in (left, right) for i in squared]
+        squares = gram_unchecked(factors)
+        for i, a, c in zip(squared, squares, squares[len(squared) :], strict=False):
             left[i], right[i] = a, c
-    return Step(left, right, bias, scale, tuple(alpha), len(squared) == len(psd))
+        derived = True
+    return Step(left, right, bias, scale, tuple(alpha), bool(squared) and not plain, derived)
 
 
 def read_loss(name: str, loss: Any) -> int:
@@ -278,6 +284,7 @@ class Fused:
     def __init__(self, rule: Rule, loss: Any, query_loss: Any) -> None:
         self.rule = rule
         self.losses = (read_loss("loss", loss), read_loss("query_loss", query_loss))
+        self.labels = [LOSSES[k].startswith("cross_entropy") for k in self.losses]
         self.model = read_model(rule.module)
         dtypes = {p.dtype for p in self.model.theta}
         devices = {p.device for p in self.model.theta}
@@ -286,79 +293,104 @@ class Fused:
         self.device, self.dtype = devices.pop(), dtypes.pop()
         if selector.select("auto", self.device) != "native":
             raise Unfusable(f"there is no kernel for {self.device.type}")
-        if torch.is_autocast_enabled(self.device.type):
-            raise Unfusable("autocast is on")
-        if torch._C._are_functorch_transforms_active():
-            raise Unfusable("a transform of torch.func is active")
-        self.step = read_step(rule, self.model.theta)
+        self.features = self.model.layers[0].in_features
+        self.classes = self.model.layers[-1].out_features
+        self.least = 2 if any([x.kind == "batch_norm" for x in self.model.layers]) else 1
+        self._read_step()
+
+    def _read_step(self) -> None:
+        model, step = self.model, read_step(self.rule, self.model.theta)
+        groups = (model.theta, step.left, step.right, step.bias, step.scale)
+        self.present, self.flat = flattened(groups)
+        self.step = step
+        self._specs: dict[tuple[int, bool], Spec] = {}
 
     def inputs(self, batch: Batch) -> Batch:
         """The batch in the form that the call takes.
 
         Raises:
             Unfusable: it has another one.
-            ValueError: it does not fit the model.
         """
-        x_s, y_s, x_q, y_q = (self._one(x) for x in batch)
-        x_s, x_q = self._features(x_s), self._features(x_q)
-        classes = self.model.layers[-1].out_features
-        for name, x, y, loss in (("y_s", x_s, y_s, 0), ("y_q", x_q, y_q, 1)):
-            if y is None:
-                continue
-            if y.requires_grad:
-                raise Unfusable(f"{name} requires a gradient")
-            if LOSSES[self.losses[loss]].startswith("cross_entropy"):
-                if y.dtype != torch.int64 or y.shape != x.shape[:2]:
-                    raise Unfusable(f"{name} are not labels [T, S] of int64")
-                if bool((y == -100).any()):
-                    raise Unfusable(f"{name} has labels that do not count (-100)")
-            elif y.dtype != x.dtype or y.shape != (*x.shape[:2], classes):
-                raise Unfusable(f"{name} is not of the predictions' shape and dtype")
-        check_inputs(self.model.layers, x_s, y_s, x_q, y_q, self.losses)
+        x_s, y_s, x_q, y_q = batch
+        x_s = self._features("x_s", x_s)
+        x_q = None if x_q is None else self._features("x_q", x_q)
+        self._check_targets("y_s", y_s, x_s, self.labels[0])
+        if y_q is not None:
+            self._check_targets("y_q", y_q, x_q, self.labels[1])
         return Batch(x_s, y_s, x_q, y_q)
 
-    def _one(self, x: Any) -> Any:
-        if x is not None and not isinstance(x, Tensor):
-            raise Unfusable("inputs and targets are not one tensor each")
-        return x
-
-    def _features(self, x: Any) -> Any:
-        if x is None:
-            return x
+    def _features(self, name: str, x: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise Unfusable(f"{name} is not one tensor")
         if x.dtype != self.dtype or x.device != self.device:
-            raise Unfusable(f"inputs are not {self.dtype} on {self.device}")
+            raise Unfusable(f"{name} is not {self.dtype} on {self.device}")
         if self.model.flat:
             x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        if x.dim() != 3 or x.shape[2] != self.model.layers[0].in_features:
-            raise Unfusable(f"inputs are not [T, S, {self.model.layers[0].in_features}]")
+        if x.dim() != 3 or x.shape[2] != self.features or x.shape[1] < self.least:
+            raise Unfusable(
+                f"{name} is not [T, S, {self.features}] with at least {self.least} samples"
+            )
         return x
 
-    def run(self, batch: Batch, steps: int, buffers: str) -> tuple[Outcome, list[TaskBuffers]]:
-        """The outcome, and the buffers to be committed."""
-        model, step, tasks = self.model, self.step, batch.x_s.shape[0]
-        groups = (model.theta, step.left, step.right, step.bias, step.scale)
-        found = inner_loop_unchecked(
-            model.layers, groups, *batch,
-            alpha=step.alpha, steps=steps, losses=self.losses, symmetric=step.symmetric,
-            first_order=self.rule.first_order, adapted=False, native=True,
-        )  # fmt: skip
-        seen = [x for x in (found.loss, found.support_loss) if x is not None and x.numel()]
-        if found.loss is None and found.predictions is not None:
-            seen.append(found.predictions)
-        finite = finite_rows(seen, tasks)
-        if finite is None:
-            finite = found.support_loss.new_ones(tasks, dtype=torch.bool)
-        outcome = Outcome(found.loss, found.predictions, found.support_loss, finite)
-        return outcome, self._buffers(found.statistics, batch, tasks, buffers)
+    def _check_targets(self, name: str, y: Any, x: Tensor, labels: bool) -> None:
+        if not isinstance(y, Tensor):
+            raise Unfusable(f"{name} is not one tensor")
+        if labels:
+            fits = y.dtype == torch.int64 and y.shape == x.shape[:2]
+        else:
+            fits = y.dtype == x.dtype and y.shape == (*x.shape[:2], self.classes)
+        if not fits or y.device != x.device:
+            what = "labels [T, S] of int64" if labels else "of the predictions' shape and dtype"
+            raise Unfusable(f"{name} is not {what}")
+        if y.requires_grad:
+            raise Unfusable(f"{name} requires a gradient")
 
-    def _buffers(
-        self, statistics: Tensor, batch: Batch, tasks: int, mode: str
-    ) -> list[TaskBuffers]:
+    def run(self, batch: Batch, steps: int, adapted: bool = False) -> InnerLoopResult:
+        """The call.
+
+        Raises:
+            Unfusable: some labels do not count.
+            ValueError: some labels are out of range.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            raise Unfusable("autocast is on")
+        if torch._C._are_functorch_transforms_active():
+            raise Unfusable("a transform of torch.func is active")
+        if self.step.derived:
+            self._read_step()
+        spec = self._specs.get((steps, adapted))
+        if spec is None:
+            spec = self._specs[steps, adapted] = Spec(
+                self.model.layers, self.present, self.step.alpha, steps, self.losses,
+                self.step.psd, self.rule.first_order, adapted, native=True,
+            )  # fmt: skip
+        try:
+            return run(spec, self.flat, *batch)
+        except RuntimeError as error:
+            if "expected labels" not in str(error):
+                raise
+            refused = error
+        for name, y, labels in (("y_s", batch.y_s, 0), ("y_q", batch.y_q, 1)):
+            if y is not None and self.labels[labels]:
+                if bool((y == -100).any()):
+                    raise Unfusable(f"{name} has labels that do not count (-100)")
+                check_range(name, y, self.classes)
+        raise refused
+
+    def outcome(
+        self, batch: Batch, steps: int, buffers: str
+    ) -> tuple[Outcome, list[TaskBuffers]]:
+        """What comes of it, and the buffers to be committed."""
+        found = self.run(batch, steps)
+        outcome = Outcome(found.loss, found.predictions, found.support_loss, found.finite)
+        if not self.model.norms or buffers != "shared":
+            return outcome, []
+        return outcome, [self._buffers(found.statistics, batch)]
+
+    def _buffers(self, statistics: Tensor, batch: Batch) -> TaskBuffers:
         """What batch norms saw, as the passes of a batched model would have recorded it."""
-        if not self.model.norms or mode != "shared":
-            return []
         module = shell_of(self.rule.module)
-        buffers = TaskBuffers(module, tasks, mode)
+        buffers = TaskBuffers(module, batch.x_s.shape[0], "shared")
         passes = statistics.shape[1]
         for k in range(passes):
             x = batch.x_q if batch.x_q is not None and k == passes - 1 else batch.x_s
@@ -374,4 +406,66 @@ class Fused:
                 buffers.record(norm.running_mean, mean, momentum)
                 buffers.record(norm.running_var, var * unbiased, momentum)
             buffers.accept(unchanged=False)
-        return [buffers]
+        return buffers
+
+
+_SIMPLE = frozenset((int, float, bool, str, tuple, type(None), torch.dtype, torch.device))
+
+
+class Remembered:
+    """A `Fused` of a learner, for as long as nothing changes that it depends on.
+
+    Reading a learner takes longer than all steps of a small one.
+    """
+
+    def __init__(self) -> None:
+        self._facts: list[Any] | None = None
+        self._modules: list[nn.Module] = []
+        self._held: list[Any] = []  # so that no other object gets an id that is remembered
+        self._fused: Fused | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without what it remembers."""
+        return Remembered, ()
+
+    def get(self, learner: nn.Module, loss: Any, query_loss: Any) -> Fused | None:
+        """What is remembered, if it is still right."""
+        fused = self._fused
+        if fused is None or self._modules[0] is not learner or global_hooks():
+            return None
+        if (read_loss("loss", loss), read_loss("query_loss", query_loss)) != fused.losses:
+            return None
+        return fused if self._facts == self._seen() else None
+
+    def keep(self, learner: nn.Module, fused: Fused) -> None:
+        """Remember."""
+        self._fused = fused
+        self._modules = list(learner.modules())
+        self._held = [
+            list(v.values()) if isinstance(v, dict) else v
+            for m in self._modules
+            for v in m.__dict__.values()
+        ]
+        self._facts = self._seen()
+
+    def _seen(self) -> list[Any]:
+        facts: list[Any] = []
+        for module in self._modules:
+            facts.append(type(module))
+            state = module.__dict__
+            for value in state.values():
+                kind = type(value)
+                if kind in _SIMPLE:
+                    facts.append(value)
+                elif isinstance(value, dict):
+                    facts.extend(map(id, value.values()))
+                elif kind is list:
+                    facts.append(tuple(map(id, value)))
+                else:
+                    facts.append(id(value))
+            facts += [
+                (p.dtype, p.device, p.shape, p.requires_grad)
+                for p in state["_parameters"].values()
+                if p is not None
+            ]
+        return facts

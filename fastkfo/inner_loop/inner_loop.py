@@ -15,7 +15,7 @@ from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
 from fastkfo.inner_loop.clones import by_clones
-from fastkfo.inner_loop.fused import Fused, Unfusable
+from fastkfo.inner_loop.fused import Fused, Remembered, Unfusable
 from fastkfo.inner_loop.inputs import Batch, Group, check_batch, grouped
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
 from fastkfo.inner_loop.leaves import Leaves
@@ -126,6 +126,7 @@ class InnerLoop(nn.Module):
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
         self._said = False
+        self._remembered = Remembered()
         if backend == "fused" and (reason := self.why_not_fused()):
             raise _not_fused(reason)
 
@@ -166,6 +167,10 @@ class InnerLoop(nn.Module):
         given = Batch(x_s, y_s, x_q, y_q)
         if x_q is None:
             raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
+        if type(x_s) is Tensor and step_weights is None:
+            found = self._at_once(given, steps)
+            if found is not None:
+                return found
         groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
         counts = [check_batch(group.batch) for group in groups]
         settings = self.settings(steps)
@@ -219,12 +224,12 @@ class InnerLoop(nn.Module):
     def why_not_fused(self) -> str | None:
         """Why the inner loop is not one native call, as far as its tasks have no part in that."""
         try:
-            self._fused(self.settings(), None)
+            self._fused(None)
         except Unfusable as refused:
             return str(refused)
         return None
 
-    def _fused(self, settings: Settings, weights: Tensor | None) -> Fused:
+    def _fused(self, weights: Tensor | None) -> Fused:
         """The inner loop as one native call.
 
         Raises:
@@ -232,16 +237,35 @@ class InnerLoop(nn.Module):
         """
         if self.backend not in ("auto", "fused"):
             raise Unfusable(f"backend={self.backend!r}")
-        for name, value, only in (
-            ("memory", settings.memory, "full"),
-            ("chunk_size", self.chunk_size, None),
-            ("step_weights", weights, None),
-        ):
-            if value is not only and value != only:
-                raise Unfusable(f"{name} is not {only!r}")
-        if reason := self._own_step():
-            raise Unfusable(reason)
-        return Fused(settings.rule, settings.loss, settings.query_loss)
+        if self.memory != "full" or self.chunk_size is not None or weights is not None:
+            raise Unfusable("memory, chunk_size or step_weights ask for another path")
+        fused = self._remembered.get(self.learner, self.loss, self.query_loss)
+        if fused is None:
+            if reason := self._own_step():
+                raise Unfusable(reason)
+            rule = rule_of(self.learner, self._options)
+            fused = Fused(rule, self.loss, self.query_loss)
+            self._remembered.keep(self.learner, fused)
+        return fused
+
+    def _at_once(self, batch: Batch, steps: int | None) -> Outcome | None:
+        """All of it without a detour, for the plainest of inputs; None for anything else."""
+        if self.features is not None or torch.is_inference_mode_enabled():
+            return None
+        if steps is not None:
+            check_count("steps", steps, 0)
+        try:
+            fused = self._fused(None)
+            batch = fused.inputs(batch)
+            if not _is_one_batch(batch):
+                return None
+            found, parts = fused.outcome(
+                batch, self.steps if steps is None else steps, self.buffer_mode
+            )
+        except Unfusable:
+            return None
+        commit(parts)
+        return found
 
     def settings(self, steps: int | None = None) -> Settings:
         """What does not change from task to task."""
@@ -343,14 +367,14 @@ class InnerLoop(nn.Module):
     def _in_one_call(
         self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
     ) -> tuple[Outcome, Parts]:
-        fused = self._fused(settings, weights)
+        fused = self._fused(weights)
         parts: list[TaskBuffers] = []
         if self.features is not None:
             run = Run(settings, batch, tasks, weighted=False)
             batch = run.featured(self.leaves(batch, None))
             parts = run.buffers[1:]
         batch = fused.inputs(batch)
-        found, own = fused.run(batch, settings.steps, settings.buffers)
+        found, own = fused.outcome(batch, settings.steps, settings.buffers)
         return found, [own + parts]
 
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
@@ -408,6 +432,13 @@ class InnerLoop(nn.Module):
             f"steps={self.steps}, memory={self.memory!r}, buffers={self.buffer_mode!r}, "
             f"chunk_size={self.chunk_size}, backend={self.backend!r}"
         )
+
+
+def _is_one_batch(batch: Batch) -> bool:
+    """Whether all tensors have one and the same T, at least 1, and none is of inference mode."""
+    tensors = [x for x in batch if x is not None]
+    tasks = len(tensors[0])
+    return tasks > 0 and all([len(x) == tasks and not x.is_inference() for x in tensors])
 
 
 def _not_fused(reason: str) -> ValueError:

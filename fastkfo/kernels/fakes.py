@@ -99,20 +99,19 @@ def _cross_entropy_double_backward(v, cotangent, p, residual):  # type: ignore[n
 
 
 def _inner_loop_forward(  # type: ignore[no-untyped-def]
-    theta, left, right, bias, scale, x_s, y_s, x_q, y_q, layers, constants, alpha, steps, loss,
-    query_loss, symmetric, keep, adapted,
+    theta, left, right, bias, scale, x_s, y_s, x_q, y_q, tape, layers, constants, alpha, steps,
+    loss, query_loss, psd, adapted,
 ):  # fmt: skip
     tasks, classes = x_s.shape[0], layers[-3]
     batch_norm = 8  # its number in csrc/inner_loop/plan.h
     statistics = sum([2 * layers[k + 1] for k in range(0, len(layers), 5) if layers[k] == batch_norm])
     asked = x_q is not None and y_q is not None
-    tape = torch.library.get_ctx().new_dynamic_size()
     outputs = [
         x_s.new_empty(tasks if asked else 0),
         x_s.new_empty(tasks, steps),
         x_s.new_empty(0, 0, classes) if x_q is None else x_s.new_empty(*x_q.shape[:2], classes),
         x_s.new_empty(tasks, steps + (x_q is not None), statistics),
-        x_s.new_empty(tasks if keep else 0, tape),
+        x_s.new_empty(tasks, dtype=torch.bool),
     ]
     if adapted:
         matrices = {layers[k + 3] for k in range(0, len(layers), 5) if layers[k] == 0}
@@ -123,7 +122,7 @@ def _inner_loop_forward(  # type: ignore[no-untyped-def]
 
 def _inner_loop_backward(  # type: ignore[no-untyped-def]
     d_loss, d_adapted, theta, left, right, bias, scale, x_s, y_s, x_q, y_q, tape, layers,
-    constants, alpha, steps, loss, query_loss, symmetric, first_order, wanted, want_x_s, want_x_q,
+    constants, alpha, steps, loss, query_loss, psd, first_order, wanted, want_x_s, want_x_q,
 ):  # fmt: skip
     outputs = [
         _empty(group[i])
