@@ -145,7 +145,6 @@ class Prepared {
         }
         copy(from, rows(p, which), columns(p, which), block + places[which]);
         if (which == 1 && p.a_t != p.a) transpose(from, p.n, block + p.a_t);
-        if (which == 2 && p.c_t != p.c) transpose(from, p.m, block + p.c_t);
       }
     }
   }
@@ -469,6 +468,11 @@ std::vector<Output<S>> outputs_of(const Prepared<S>& prepared, const Call& call)
 template <class S>
 void deliver(const Prepared<S>& prepared, const Output<S>& out, int64_t t, S* g) {
   S* to = data_of<S>(out.tensor) + t * prepared.given_size(out.param, out.which);
+  if (out.which == 2 && !prepared.squared(2)) {  // the algorithm leaves it transposed
+    for (int64_t r = 0; r < out.rows; ++r)
+      for (int64_t c = 0; c < out.columns; ++c) to[r * out.columns + c] = g[c * out.columns + r];
+    return;
+  }
   if (prepared.squared(out.which))
     prepared.through_square(out.param, out.which, t, g, to);
   else
@@ -544,7 +548,7 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
       if (to_x_q) std::fill(to_x_q, to_x_q + plan.query.samples * plan.in, S(0));
     } else {
       kernels<S>().backward(plan, {shared.data, space.own}, scratch,
-                            data_of<S>(tape) + t * plan.tape, c, any_adapted, to_x_s, to_x_q);
+                            data_of<S>(tape) + t * plan.tape, c, to_x_s, to_x_q);
     }
     bool good = true;
     for (const Output<S>& out : outputs) {

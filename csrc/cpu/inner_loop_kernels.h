@@ -14,8 +14,7 @@ template <class S>
 struct Kernels {
   void (*forward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, const Data<S>&,
                   const Results<S>&);
-  void (*backward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, S cotangent,
-                   bool from_adapted, S* x_s_grad, S* x_q_grad);
+  void (*backward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, S cotangent, S* x_s_grad, S* x_q_grad);
 };
 
 #define FASTKFO_DECLARE(level)    \

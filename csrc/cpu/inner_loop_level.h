@@ -22,10 +22,10 @@ void forward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, 
 
 template <class S>
 void backward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
-              S cotangent, bool from_adapted, S* x_s_grad, S* x_q_grad) {
+              S cotangent, S* x_s_grad, S* x_q_grad) {
   Executor<S> executor;
   Task<Executor<S>>(executor, plan, blocks, scratch, tape)
-      .backward(cotangent, from_adapted, x_s_grad, x_q_grad);
+      .backward(cotangent, x_s_grad, x_q_grad);
 }
 
 Kernels<float> of_float() { return {forward<float>, backward<float>}; }

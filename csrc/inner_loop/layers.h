@@ -13,13 +13,6 @@ struct Matrix {
   int64_t row, col;
 };
 
-// A multiple of what lies in memory: V of plain gradient descent is -alpha lambda.
-template <class S>
-struct Scaled {
-  const S* data;
-  S factor;
-};
-
 // One pass over one layer. x, y: input and output, features by samples; d: their cotangents; _t:
 // derivatives along V. Null stands for zero.
 template <class S>
@@ -52,19 +45,15 @@ struct Linear {
   FASTKFO_FN void backward(const S* w) const {
     ex.product(layer.in, at.samples, layer.out, {w, 1, ld_w}, at.d_y, at.ld, at.d_x, at.ld);
   }
-  // y_t = W x_t + V x + v
-  FASTKFO_FN void forward_tangent(const S* w, Scaled<S> v, const S* v_bias) const {
-    ex.product(layer.out, at.samples, layer.in, {v.data, ld_w, 1}, at.x, at.ld, at.y_t, at.ld,
-               v.factor);
+  // y_t = V x + W x_t + v; V x is there already
+  FASTKFO_FN void forward_tangent(const S* w, const S* v_bias) const {
     if (at.x_t)
       ex.product(layer.out, at.samples, layer.in, {w, ld_w, 1}, at.x_t, at.ld, at.y_t, at.ld, S(1),
                  at.y_t);
     if (v_bias) add_bias(at.y_t, v_bias);
   }
-  // d_x_t = W' d_y_t + V' d_y
-  FASTKFO_FN void backward_tangent(const S* w, Scaled<S> v) const {
-    ex.product(layer.in, at.samples, layer.out, {v.data, 1, ld_w}, at.d_y, at.ld, at.d_x_t, at.ld,
-               v.factor);
+  // d_x_t = V' d_y + W' d_y_t; V' d_y is there already
+  FASTKFO_FN void backward_tangent(const S* w) const {
     ex.product(layer.in, at.samples, layer.out, {w, 1, ld_w}, at.d_y_t, at.ld, at.d_x_t, at.ld,
                S(1), at.d_x_t);
   }

@@ -8,11 +8,11 @@ namespace fastkfo::inner_loop {
 // Room for one parameter at a time.
 template <class S>
 struct Room {
-  S *rows_in, *rows_in_2;    // [samples, pad(m)]
+  S* rows_in;                // [samples, pad(m)]
   S* rows_out;               // [samples, pad(n)]
-  S *cols_out, *cols_out_2;  // [n, ld]
+  S* cols_out;               // [n, ld]
   S* cols_in;                // [m, ld]
-  S *square, *square_2;      // [n, pad(m)]
+  S* square;                 // [n, pad(m)]
 };
 
 // One task's data, in the caller's memory, without gaps. Null where there is none.
@@ -45,8 +45,8 @@ struct Work {
   S* lanes;      // 6 rows of means
   S* record;     // derivatives along V, a support pass
   S* query;      // cotangents of a query pass
-  S* v;          // a block of parameters
-  S* fixed;      // [samples, pad(in)]
+  S* v;          // a block of parameters, of which only vectors are used
+  S* fixed;      // [in, ld]
   S* x_s_grad;   // [in, ld]
   S* gradients;  // a block of gradients
 };

@@ -9,10 +9,10 @@
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
-// What a parameter's step is made of; null where it is absent. a_t, c_t: the transposes.
+// What a parameter's step is made of; null where it is absent. a_t: the transpose of A.
 template <class S>
 struct Operands {
-  const S *a, *a_t, *c, *c_t, *beta, *s;
+  const S *a, *a_t, *c, *beta, *s;
   int64_t ld_a, ld_c;
 };
 
@@ -28,12 +28,11 @@ struct WeightStep {
   int samples;
   int64_t ld;       // of features by samples
   const S* x;       // X [m, samples]
+  const S* x_rows;  // X' [samples, m]
   const S* d;       // D [n, samples]
   const S* p;       // A D [n, samples]
   const S* q;       // X' C [samples, m]
   const S* q_t;     // its transpose, or null
-  const S* q_c;     // X' C', or null
-  const S* x_rows;  // X', or null
 };
 
 template <class Exec>
@@ -76,12 +75,14 @@ struct WeightUpdate {
     ex.product(param.rows, param.cols, step.samples, {step.p, step.ld, 1}, step.q, param.ld, u,
                param.ld, S(1), by.beta);
   }
-  // The gradients of the operands, given lambda, the cotangent of theta'. What reaches C is
-  // -alpha X (P' lambda); P' lambda [samples, m] is left in rows_in, for a layer whose X is the
-  // same in every step added to what is there. Returns s o lambda.
-  FASTKFO_FN const S* adjoint(const WeightStep<S>& step, const S* lambda,
-                                     const Gradients<S>& to, const Room<S>& room,
-                                     S* fixed) const {
+  // The adjoint, given lambda, the cotangent of theta'. With V = -alpha A' (s o lambda) C' the
+  // cotangent of G, what the derivative of a pass along V needs is no more than
+  //   V X  = -alpha A' ((s o lambda) Q')     and     V' D = -alpha C ((s o lambda)' P),
+  // and the products in brackets are those that the gradients of A and C are made of. They go to
+  // v_x [n, ld] and, added to `base`, to v_d [m, ld], where these are not null.
+  // lambda' P is added to `fixed`, for a layer whose X is the same in every step, if there is one.
+  FASTKFO_FN void adjoint(const WeightStep<S>& step, const S* lambda, const Gradients<S>& to,
+                          const Room<S>& room, S* fixed, S* v_x, S* v_d, const S* base) const {
     const S alpha = S(param.alpha);
     const int64_t n = int64_t(param.rows) * param.ld;
     const S* through = lambda;
@@ -97,72 +98,53 @@ struct WeightUpdate {
       through = scaled;
     }
     if (S* g = to.beta) ex.each(n, [=](int64_t i) { g[i] -= alpha * through[i]; });
-    if (to.a) {
+    if (to.a || v_x) {
       const S* q_t = step.q_t;
       if (!q_t) {
         ex.transpose(step.samples, param.cols, step.q, param.ld, room.cols_in, step.ld);
         q_t = room.cols_in;
       }
-      ex.product(param.rows, step.samples, param.cols, {through, param.ld, 1}, q_t, step.ld,
-                 room.cols_out, step.ld);
-      ex.transpose(param.rows, step.samples, step.d, step.ld, room.rows_out, by.ld_a);
-      ex.product(param.rows, param.rows, step.samples, {room.cols_out, step.ld, 1}, room.rows_out,
-                 by.ld_a, to.a, by.ld_a, -alpha, to.a);
+      S* half = room.cols_out;
+      if (v_x && !by.a && !to.a) half = v_x;
+      ex.product(param.rows, step.samples, param.cols, {through, param.ld, 1}, q_t, step.ld, half,
+                 step.ld, by.a ? S(1) : -alpha);
+      if (v_x && by.a)
+        ex.product(param.rows, step.samples, param.rows, {by.a, 1, by.ld_a}, half, step.ld, v_x,
+                   step.ld, -alpha);
+      if (to.a) {
+        ex.transpose(param.rows, step.samples, step.d, step.ld, room.rows_out, by.ld_a);
+        ex.product(param.rows, param.rows, step.samples, {half, step.ld, 1}, room.rows_out,
+                   by.ld_a, to.a, by.ld_a, -alpha, to.a);
+      }
     }
-    if (to.c) {
-      S* back = fixed ? fixed : room.rows_in;
-      ex.product(step.samples, param.cols, param.rows, {step.p, 1, step.ld}, through, param.ld,
-                 back, param.ld, S(1), fixed);
-      if (!fixed) right_gradient(step, back, to.c);
+    if (to.c || v_d) {
+      S* half = fixed ? fixed : room.cols_in;
+      if (!by.c && v_d) {
+        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
+                   v_d, step.ld, -alpha, base);
+      } else if (fixed && !v_d) {
+        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
+                   fixed, step.ld, S(1), fixed);
+      } else {
+        S* now = room.cols_in;
+        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
+                   now, step.ld);
+        if (fixed) {
+          const int64_t size = int64_t(param.cols) * step.ld;
+          ex.each(size, [=](int64_t i) { fixed[i] += now[i]; });
+        }
+        if (v_d)
+          ex.product(param.cols, step.samples, param.cols, {by.c, by.ld_c, 1}, now, step.ld, v_d,
+                     step.ld, -alpha, base);
+        half = now;
+      }
+      if (to.c && !fixed) right_gradient(step, half, to.c);
     }
-    return through;
   }
-  FASTKFO_FN void right_gradient(const WeightStep<S>& step, const S* back, S* to) const {
-    ex.product(param.cols, param.cols, step.samples, {step.x, step.ld, 1}, back, param.ld, to,
+  // The gradient of C, transposed, from lambda' P [m, ld]:  -alpha (lambda' P) X'
+  FASTKFO_FN void right_gradient(const WeightStep<S>& step, const S* half, S* to) const {
+    ex.product(param.cols, param.cols, step.samples, {half, step.ld, 1}, step.x_rows, param.ld, to,
                by.ld_c, -S(param.alpha), to);
-  }
-  // v = -alpha A' (s o lambda) C', anew
-  FASTKFO_FN void direction(const S* through, S* v, const Room<S>& room) const {
-    const S alpha = S(param.alpha);
-    const S* half = through;
-    S factor = -alpha;
-    if (by.c) {
-      S* to = by.a ? room.square_2 : v;
-      ex.product(param.rows, param.cols, param.cols, {through, param.ld, 1}, by.c_t, by.ld_c, to,
-                 param.ld, factor);
-      half = to;
-      factor = 1;
-    }
-    if (by.a)
-      ex.product(param.rows, param.cols, param.rows, {by.a, 1, by.ld_a}, half, param.ld, v,
-                 param.ld, factor);
-    if (!by.a && !by.c) {
-      const int64_t n = int64_t(param.rows) * param.ld;
-      ex.each(n, [=](int64_t i) { v[i] = factor * through[i]; });
-    }
-  }
-  // v += -alpha (A' d)(x' C'): what lambda += d x' makes of it. x_c: x' C', if it is there.
-  FASTKFO_FN void moved(const S* d, const S* x, const S* x_c, int samples, int64_t ld, S* v,
-                               bool anew, const Room<S>& room) const {
-    const S* p = d;
-    if (by.a) {
-      ex.product(param.rows, samples, param.rows, {by.a, 1, by.ld_a}, d, ld, room.cols_out, ld);
-      p = room.cols_out;
-    }
-    moved_by(p, x, x_c, samples, ld, v, anew, room);
-  }
-  FASTKFO_FN void moved_by(const S* p, const S* x, const S* x_c, int samples, int64_t ld,
-                                  S* v, bool anew, const Room<S>& room) const {
-    if (!x_c) {
-      if (by.c)
-        ex.product(samples, param.cols, param.cols, {x, 1, ld}, by.c_t, by.ld_c, room.rows_in,
-                   param.ld);
-      else
-        ex.transpose(param.cols, samples, x, ld, room.rows_in, param.ld);
-      x_c = room.rows_in;
-    }
-    ex.product(param.rows, param.cols, samples, {p, ld, 1}, x_c, param.ld, v, param.ld,
-               -S(param.alpha), anew ? nullptr : v);
   }
 };
 

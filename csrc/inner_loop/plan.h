@@ -44,10 +44,8 @@ struct Param {
   int32_t wanted;                   // of the gradient, as bits
   double alpha;
   int64_t at;                       // in a block of parameters
-  int64_t a, a_t, c, c_t, beta, s;  // in a block of operands; a_t == a where A is symmetric
+  int64_t a, a_t, c, beta, s;       // in a block of operands; a_t == a where A is symmetric
   int64_t g_a, g_c, g_beta, g_s;    // in a block of gradients, which begins with theta's
-  bool v_dense;                     // A' lambda C' anew every step, not kept up to date
-  bool v_dense_at_first;            // the same for the first one
 };
 
 // Where the numbers of one layer lie in the record of one pass.
@@ -57,11 +55,13 @@ struct Slots {
   int64_t hat, inv;  // a norm: (x - mean) / std, 1 / std
   int64_t p, q;      // a linear layer's step: A D [out, ld], X C [samples, pad(in)]
   int64_t g_w, g_b;  // the gradients in vectors: of a norm's weight; of a bias
+  int64_t rows;      // X' [samples, pad(in)] of a linear layer, only in scratch
 };
 
 struct Pass {
   int32_t samples, ld;
   int64_t size;  // of the record
+  int64_t work;  // of one in scratch
   int64_t out;   // the predictions [classes, ld]
   int64_t p;     // softmax of them
   const Slots* slots;
@@ -77,7 +77,7 @@ struct Plan {
   Pass support, query;
   int64_t theta, operands, gradients;  // sizes of blocks
   // A task's tape: what does not change from step to step, the records, theta_0 ... theta_K.
-  int64_t x_rows, q0, q0_t, q0_c;  // support inputs [samples, in], X C, its transpose, X C'
+  int64_t x_rows, q0, q0_t;  // support inputs [samples, in], X C, its transpose
   int64_t x, records, query_record, thetas, tape;
   // Statistics of batch norms: mean and biased variance of every layer, pass by pass.
   int64_t statistics;

@@ -1,4 +1,4 @@
-// Makes the plan: sizes, places, and the choice between equal forms by counted operations.
+// Makes the plan: sizes and places.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,6 @@ struct Planned {
     for (Param& x : params) place(x);
     place_pass(p.support, support, samples);
     place_pass(p.query, query, p.has_query ? query_samples : 0);
-    choose_forms();
     place_tape();
     measure_scratch();
     p.layer = layers.data();
@@ -59,17 +58,15 @@ struct Planned {
     };
     Work<S> s{};
     s.room.rows_in = take(rows_in_);
-    s.room.rows_in_2 = take(rows_in_);
     s.room.rows_out = take(rows_out_);
     s.room.cols_out = take(cols_out_);
     s.room.cols_in = take(cols_in_);
     s.room.square = take(square_);
-    s.room.square_2 = take(square_);
     s.lanes = take(6 * p.lanes);
-    s.record = take(p.support.size);
+    s.record = take(p.support.work);
     s.query = take(p.query.size);
     s.v = take(p.theta);
-    s.fixed = take(rows_in_);
+    s.fixed = take(cols_in_);
     s.x_s_grad = take(cols_in_);
     s.gradients = take(p.gradients);
     return s;
@@ -90,7 +87,6 @@ struct Planned {
     x.a = take(p.operands, x.left, left);
     x.a_t = symmetric ? x.a : take(p.operands, x.left, left);
     x.c = take(p.operands, x.right, right);
-    x.c_t = symmetric ? x.c : take(p.operands, x.right, right);
     x.beta = take(p.operands, x.bias, size);
     x.s = take(p.operands, x.scale, size);
     x.g_a = take(p.gradients, x.wanted & kLeft, left);
@@ -128,19 +124,9 @@ struct Planned {
     pass.out = take(true, layers.back().out * ld);
     pass.p = take(true, layers.back().out * ld);
     pass.size = end;
-  }
-
-  void choose_forms() {
-    const int64_t s = plan.support.samples, q = plan.query.samples;
-    for (size_t l = 0; l < layers.size(); ++l) {
-      if (layers[l].kind != kLinear) continue;
-      Param& x = params[layers[l].weight];
-      const int64_t n = x.n, m = x.m, last = x.left ? n * n : 0, first = x.right ? m * m : 0;
-      const int64_t dense = last * m + first * n;
-      const int64_t of_rows = s * last + (l > 0 ? s * first + 2 * s * n * m : s * n * m);
-      x.v_dense = dense < of_rows;
-      x.v_dense_at_first = x.scale || dense < q * (last + first + n * m);
-    }
+    for (size_t l = 1; l < layers.size(); ++l)
+      slots[l].rows = take(layers[l].kind == kLinear && !is_query, samples * padded(layers[l].in));
+    pass.work = end;
   }
 
   void place_tape() {
@@ -159,7 +145,6 @@ struct Planned {
     p.x_rows = take(fixed, rows);
     p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
     p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
-    p.q0_c = fixed && first->right && !symmetric ? take(true, rows) : p.q0;
     const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, 1);
     p.records = take(true, kept * p.support.size);
     p.query_record = take(true, p.query.size);
@@ -184,9 +169,9 @@ struct Planned {
       cols_in_ = std::max(cols_in_, layer.in * ld);
     }
     p.lanes = lanes;
-    const int64_t room = 2 * rows_in_ + rows_out_ + cols_out_ + cols_in_ + 2 * square_ + 6 * lanes;
+    const int64_t room = rows_in_ + rows_out_ + cols_out_ + cols_in_ + square_ + 6 * lanes;
     scratch[0] = room;
-    scratch[1] = room + p.support.size + p.query.size + p.theta + rows_in_ + cols_in_ + p.gradients;
+    scratch[1] = room + p.support.work + p.query.size + p.theta + 2 * cols_in_ + p.gradients;
   }
 };
 

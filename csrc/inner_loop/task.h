@@ -60,8 +60,8 @@ class Task {
 
   // The gradients, for the cotangent of the query loss, and those that lambda begins with, which
   // the caller has put into the block of gradients (zeros if there are none).
-  FASTKFO_FN void backward(S cotangent, bool from_adapted, S* x_s_grad, S* x_q_grad) {
-    if (plan.has_query_targets) query_backward(cotangent, from_adapted, x_q_grad);
+  FASTKFO_FN void backward(S cotangent, S* x_s_grad, S* x_q_grad) {
+    if (plan.has_query_targets) query_backward(cotangent, x_q_grad);
     if (plan.want_x_s) {
       S* to = scratch.x_s_grad;
       ex.each(int64_t(plan.in) * plan.support.ld, [=](int64_t i) { to[i] = 0; });
@@ -70,13 +70,12 @@ class Task {
     const bool fixed = plan.steps > 0 && first.kind == kLinear;
     if (fixed) {
       S* to = scratch.fixed;
-      const int64_t n = int64_t(plan.support.samples) * plan.param[first.weight].ld;
+      const int64_t n = int64_t(plan.in) * plan.support.ld;
       ex.each(n, [=](int64_t i) { to[i] = 0; });
     }
-    const bool know_v = plan.has_query_targets && !from_adapted;
     for (int k = plan.steps - 1; k >= 0; --k) {
       const S* record = support_record(k);
-      adjoint(record, know_v || k < plan.steps - 1);
+      adjoint(record, fixed);
       if (plan.first_order) continue;
       tangent_forward(record, k);
       tangent_backward(record, k);
@@ -120,7 +119,7 @@ class Task {
       return there ? block(p.own[which]) + place : nullptr;
     };
     return {at(p.left, 1, p.a),     at(p.left, 1, p.a_t),   at(p.right, 2, p.c),
-            at(p.right, 2, p.c_t),  at(p.bias, 3, p.beta),  at(p.scale, 4, p.s),
+            at(p.bias, 3, p.beta),  at(p.scale, 4, p.s),
             (p.n + pad - 1) / pad * pad, (p.m + pad - 1) / pad * pad};
   }
   FASTKFO_FN Gradients<S> gradients(const Param& p) const {
@@ -148,10 +147,15 @@ class Task {
     S* along = scratch.record;
     at.x_t = l == 0 ? nullptr : along + s[l].a;
     at.y_t = l + 1 < plan.layers ? along + s[l + 1].a : along + plan.support.out;
-    at.d_x_t = l > 0 ? along + s[l - 1].d : plan.want_x_s ? scratch.room.cols_in : nullptr;
+    at.d_x_t = l > 0             ? along + s[l - 1].d
+               : !plan.want_x_s ? nullptr
+               : sums_inputs()  ? scratch.x_s_grad
+                                : scratch.room.cols_in;
     at.d_y_t = along + s[l].d;
     return at;
   }
+  // Whether the first layer adds to the gradient of the inputs by itself.
+  FASTKFO_FN bool sums_inputs() const { return plan.layer[0].kind == kLinear; }
   template <bool BATCH>
   FASTKFO_FN Norm<Exec, BATCH> norm(const Layer& layer, const Span<S>& at, const S* record,
                                            const Slots& slots, int k) const {
@@ -166,16 +170,16 @@ class Task {
     const Param& p = plan.param[layer.weight];
     const Slots& s = plan.support.slots[l];
     const S* q = l == 0 ? tape + plan.q0 : record + s.q;
-    const bool same = !p.right || p.c_t == p.c;
     return {plan.support.samples,
             plan.support.ld,
             l == 0 ? x() : record + s.a,
+            l == 0      ? tape + plan.x_rows
+            : p.right ? scratch.record + s.rows
+                      : q,
             record + s.d,
             record + (p.left ? s.p : s.d),
             q,
-            l == 0 ? tape + plan.q0_t : nullptr,
-            same ? q : l == 0 ? tape + plan.q0_c : nullptr,
-            l == 0 ? tape + plan.x_rows : p.right ? nullptr : q};
+            l == 0 ? tape + plan.q0_t : nullptr};
   }
 
   // Data in and out.
@@ -204,13 +208,9 @@ class Task {
       const int64_t c = i - r * ld;
       rows[i] = c < in ? from[r * in + c] : S(0);
     });
-    if (p.right) {
-      update.right(x(), pass.samples, pass.ld, tape + plan.q0);
-      if (plan.keep && p.c_t != p.c)
-        ex.product(pass.samples, p.cols, p.cols, {x(), 1, pass.ld}, by.c_t, by.ld_c,
-                   tape + plan.q0_c, ld);
-    }
-    if (plan.keep && p.left && p.right)
+    if (!p.right) return;
+    update.right(x(), pass.samples, pass.ld, tape + plan.q0);
+    if (plan.keep)
       ex.transpose(pass.samples, p.cols, tape + plan.q0, ld, tape + plan.q0_t, pass.ld);
   }
 
@@ -299,7 +299,7 @@ class Task {
   }
 
   // lambda_K, and V of the last step where that is cheaper from the query's rows
-  FASTKFO_FN void query_backward(S cotangent, bool add, S* x_q_grad) {
+  FASTKFO_FN void query_backward(S cotangent, S* x_q_grad) {
     const Pass& pass = plan.query;
     S* record = tape + plan.query_record;
     S* cotangents = scratch.query;
@@ -320,14 +320,10 @@ class Task {
         continue;
       }
       const Param& p = plan.param[layer.weight];
-      S *rows = scratch.room.rows_in_2, *lambda = lambda_of(layer.weight);
+      S *rows = scratch.room.rows_in, *lambda = lambda_of(layer.weight);
       ex.transpose(p.cols, pass.samples, at.x, pass.ld, rows, p.ld);
       ex.product(p.rows, p.cols, pass.samples, {at.d_y, pass.ld, 1}, rows, p.ld, lambda, p.ld,
                  S(1), lambda);
-      if (add || plan.first_order || p.v_dense_at_first || direct(p) || plan.steps == 0) continue;
-      const Operands<S> by = operands(p);
-      WeightUpdate<Exec>{ex, p, by}.moved(at.d_y, at.x, p.right ? nullptr : rows, pass.samples,
-                                          pass.ld, v_of(layer.weight), true, scratch.room);
     }
   }
   FASTKFO_FN void add_vector(int index, const S* g) {
@@ -335,36 +331,30 @@ class Task {
     S* to = lambda_of(index);
     ex.each(plan.param[index].n, [=](int64_t i) { to[i] += g[i]; });
   }
-  // Whether V is a multiple of lambda.
-  static FASTKFO_FN bool direct(const Param& p) { return !p.left && !p.right && !p.scale; }
-  FASTKFO_FN Scaled<S> direction(const Param& p, int index) const {
-    if (direct(p)) return {lambda_of(index), -S(p.alpha)};
-    return {v_of(index), S(1)};
-  }
 
-  // V_k of every parameter, and the gradients of the operands in step k
-  FASTKFO_FN void adjoint(const S* record, bool know_v) {
+  // The gradients of the operands in step k, and what the derivatives along V begin with
+  FASTKFO_FN void adjoint(const S* record, bool fixed) {
     for (int l = 0; l < plan.layers; ++l) {
       const Layer& layer = plan.layer[l];
       const Slots& s = plan.support.slots[l];
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
         const Operands<S> by = operands(p);
-        const WeightUpdate<Exec> update{ex, p, by};
-        const bool anew = p.scale || p.v_dense || (!know_v) ||
-                          (first_of_all(record) && p.v_dense_at_first);
-        const S* through = update.adjoint(weight_step(record, l), lambda_of(layer.weight),
-                                          gradients(p), scratch.room, l == 0 ? scratch.fixed : nullptr);
-        if (!plan.first_order && anew && !direct(p))
-          update.direction(through, v_of(layer.weight), scratch.room);
+        const WeightStep<S> step = weight_step(record, l);
+        const Span<S> at = tangent_span(record, l);
+        const bool tangents = !plan.first_order;
+        if (l > 0 && p.right && (tangents || p.wanted & kRight))
+          ex.transpose(p.cols, at.samples, step.x, at.ld, scratch.record + s.rows, p.ld);
+        WeightUpdate<Exec>{ex, p, by}.adjoint(
+            step, lambda_of(layer.weight), gradients(p), scratch.room,
+            l == 0 && fixed && p.wanted & kRight ? scratch.fixed : nullptr,
+            tangents ? at.y_t : nullptr, tangents ? at.d_x_t : nullptr,
+            l == 0 ? at.d_x_t : nullptr);
       } else {
         vector_adjoint(layer.weight, record + s.g_w);
       }
       vector_adjoint(layer.bias, record + s.g_b);
     }
-  }
-  FASTKFO_FN bool first_of_all(const S* record) const {
-    return record == support_record(plan.steps - 1);
   }
   FASTKFO_FN void vector_adjoint(int index, const S* g) {
     if (index < 0) return;
@@ -383,8 +373,7 @@ class Task {
       const Slots& s = plan.support.slots[l];
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
-        Linear<Exec>{ex, layer, at, p.ld}.forward_tangent(
-            theta(k, p), direction(p, layer.weight), v_of(layer.bias));
+        Linear<Exec>{ex, layer, at, p.ld}.forward_tangent(theta(k, p), v_of(layer.bias));
       } else if (layer.kind == kBatchNorm) {
         norm<true>(layer, at, record, s, k)
             .forward_tangent(v_of(layer.weight), v_of(layer.bias), along + s.hat);
@@ -413,11 +402,8 @@ class Task {
       const Span<S> at = tangent_span(record, l);
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
-        if (at.d_x_t)
-          Linear<Exec>{ex, layer, at, p.ld}.backward_tangent(theta(k, p),
-                                                             direction(p, layer.weight));
-        if (l == 0) add_input_gradient(at);
-        weight_tangent(record, at, l, k);
+        if (at.d_x_t) Linear<Exec>{ex, layer, at, p.ld}.backward_tangent(theta(k, p));
+        weight_tangent(record, at, l);
         if (layer.bias >= 0) {
           const S* d_t = at.d_y_t;
           S* g = along + s.g_b;
@@ -451,36 +437,18 @@ class Task {
     if (at.d_x_t) layer_norm.backward_tangent(v_of(layer.weight), hat_t, more);
     layer_norm.gradients_tangent(hat_t, lambda_of(layer.weight), lambda_of(layer.bias), more);
   }
-  // lambda += d_t X' + d X_t', and V with it
-  FASTKFO_FN void weight_tangent(const S* record, const Span<S>& at, int l, int k) {
+  // lambda += d_t X' + d X_t'
+  FASTKFO_FN void weight_tangent(const S* record, const Span<S>& at, int l) {
     const int index = plan.layer[l].weight;
     const Param& p = plan.param[index];
-    const Room<S>& room = scratch.room;
     const WeightStep<S> step = weight_step(record, l);
-    S *lambda = lambda_of(index), *x_t_rows = room.rows_in_2;
-    const S* rows = step.x_rows;
-    if (!rows) {
-      ex.transpose(p.cols, at.samples, at.x, at.ld, room.rows_in, p.ld);
-      rows = room.rows_in;
-    }
-    ex.product(p.rows, p.cols, at.samples, {at.d_y_t, at.ld, 1}, rows, p.ld, lambda, p.ld, S(1),
-               lambda);
-    if (at.x_t) {
-      ex.transpose(p.cols, at.samples, at.x_t, at.ld, x_t_rows, p.ld);
-      ex.product(p.rows, p.cols, at.samples, {at.d_y, at.ld, 1}, x_t_rows, p.ld, lambda, p.ld,
-                 S(1), lambda);
-    }
-    if (k == 0 || direct(p) || p.scale || p.v_dense) return;
-    const Operands<S> by = operands(p);
-    const WeightUpdate<Exec> update{ex, p, by};
-    S* v = v_of(index);
-    update.moved(at.d_y_t, at.x, step.q_c, at.samples, at.ld, v, false, room);
+    S *lambda = lambda_of(index), *x_t_rows = scratch.room.rows_in;
+    ex.product(p.rows, p.cols, at.samples, {at.d_y_t, at.ld, 1}, step.x_rows, p.ld, lambda, p.ld,
+               S(1), lambda);
     if (!at.x_t) return;
-    const S* x_c = p.right ? nullptr : x_t_rows;
-    if (p.left && p.a_t == p.a)
-      update.moved_by(step.p, at.x_t, x_c, at.samples, at.ld, v, false, room);
-    else
-      update.moved(at.d_y, at.x_t, x_c, at.samples, at.ld, v, false, room);
+    ex.transpose(p.cols, at.samples, at.x_t, at.ld, x_t_rows, p.ld);
+    ex.product(p.rows, p.cols, at.samples, {at.d_y, at.ld, 1}, x_t_rows, p.ld, lambda, p.ld, S(1),
+               lambda);
   }
 };
 
