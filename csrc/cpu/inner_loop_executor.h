@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "inner_loop/layers.h"
 
@@ -103,13 +104,14 @@ struct Executor {
         to[c] = x > to[c] ? x : to[c];
       });
   }
-  // to [columns, to_ld] = from' ; from [rows, ld]. Beyond its rows, zeros.
+  // to [columns, to_ld] = from' ; from [rows, ld]. Beyond its rows, zeros. Rows are padded.
   FASTKFO_FN void transpose(int64_t rows, int64_t columns, const S* from, int64_t ld, S* to,
-                                   int64_t to_ld) {
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t r = 0; r < rows; ++r) to[c * to_ld + r] = from[r * ld + c];
-      for (int64_t r = rows; r < to_ld; ++r) to[c * to_ld + r] = 0;
-    }
+                            int64_t to_ld) {
+    constexpr int width = Vector<FASTKFO_VECTOR_BYTES>::width;
+    for (int64_t r = 0; r < to_ld; r += width)
+      for (int64_t c = 0; c < columns; c += width)
+        block(smaller(rows - r, width), smaller(columns - c, width), from + r * ld + c, ld,
+              to + c * to_ld + r, to_ld);
   }
 
   // c = alpha a b + from; c, b and from lie row by row, and rows are padded.
@@ -131,6 +133,51 @@ struct Executor {
     }
     static FASTKFO_INLINE void store(S* p, type v) { std::memcpy(p, &v, BYTES); }
   };
+
+  static FASTKFO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  // A square of the transpose, of as many rows as a vector is wide, in registers.
+  static FASTKFO_INLINE void block(int64_t rows, int64_t columns, const S* from, int64_t ld, S* to,
+                                   int64_t to_ld) {
+    using V = Vector<FASTKFO_VECTOR_BYTES>;
+    typename V::type v[V::width];
+    for (int i = 0; i < V::width; ++i)
+      v[i] = i < rows ? V::load(from + i * ld) : typename V::type{};
+    exchange<1>(v);
+    for (int i = 0; i < V::width; ++i)
+      if (i < columns) V::store(to + i * to_ld, v[i]);
+  }
+  // Rows i and i + STEP exchange the columns in which they differ in that bit.
+  template <int STEP, class V>
+  static FASTKFO_INLINE void exchange(V* v) {
+    constexpr int width = sizeof(V) / sizeof(S);
+    if constexpr (STEP < width) {
+      for (int i = 0; i < width; ++i) {
+        if (i & STEP) continue;
+        const V a = v[i], b = v[i + STEP];
+        v[i] = mixed<STEP, false>(a, b);
+        v[i + STEP] = mixed<STEP, true>(a, b);
+      }
+      exchange<2 * STEP>(v);
+    }
+  }
+  template <int STEP, bool HIGH, class V>
+  static FASTKFO_INLINE V mixed(V a, V b) {
+    constexpr int width = sizeof(V) / sizeof(S);
+#if defined(__clang__)
+    V out;
+    for (int j = 0; j < width; ++j)
+      out[j] = HIGH ? (j & STEP ? b[j] : a[j + STEP]) : (j & STEP ? b[j - STEP] : a[j]);
+    return out;
+#else
+    using Index = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
+    typedef Index Mask __attribute__((vector_size(sizeof(V))));
+    Mask mask{};
+    for (int j = 0; j < width; ++j)
+      mask[j] = HIGH ? (j & STEP ? width + j : j + STEP) : (j & STEP ? width + j - STEP : j);
+    return __builtin_shuffle(a, b, mask);
+#endif
+  }
 
   template <int BYTES, int MR, int NV>
   static FASTKFO_INLINE void tile(int64_t inner, Matrix<S> a, const S* b, int64_t ld_b, S* c,

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "inner_loop/memory.h"
 #include "inner_loop/plan.h"

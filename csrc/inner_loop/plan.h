@@ -68,7 +68,7 @@ struct Pass {
 };
 
 struct Plan {
-  int32_t layers, params, steps, classes, in;
+  int32_t layers, params, steps, classes, in, ld_in;
   int32_t loss, query_loss;
   bool first_order, has_query, has_query_targets, keep;
   bool want_x_s, want_x_q;

@@ -27,6 +27,7 @@ struct Planned {
     p.layers = static_cast<int32_t>(layers.size());
     p.params = static_cast<int32_t>(params.size());
     p.in = layers.front().in;
+    p.ld_in = static_cast<int32_t>(padded(p.in));
     p.classes = layers.back().out;
     for (Param& x : params) {
       x.ld = static_cast<int32_t>(padded(x.cols));
@@ -142,7 +143,7 @@ struct Planned {
     const bool fixed = steps && layers[0].kind == kLinear;
     const int64_t rows = p.support.samples * padded(p.in);
     const Param* first = fixed ? &params[layers[0].weight] : nullptr;
-    p.x_rows = take(fixed, rows);
+    p.x_rows = take(steps, rows);
     p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
     p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
     const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, 1);
@@ -163,6 +164,7 @@ struct Planned {
       rows_out_ = std::max(rows_out_, samples * padded(x.n));
       square_ = std::max(square_, int64_t(x.rows) * x.ld);
     }
+    rows_in_ = std::max(rows_in_, samples * p.ld_in);
     for (const Layer& layer : layers) {
       lanes = std::max({lanes, padded(layer.in), padded(layer.out)});
       cols_out_ = std::max(cols_out_, layer.out * ld);

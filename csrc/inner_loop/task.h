@@ -42,14 +42,10 @@ class Task {
     if (!plan.has_query) return;
     S* record = tape + plan.query_record;
     S* x_q = record + plan.query.slots[0].a;
-    take_features(data.x_q, plan.query, x_q);
+    take_features(data.x_q, plan.query, scratch.room.rows_in, x_q);
     S* stats = to.statistics ? to.statistics + plan.steps * plan.statistics : nullptr;
     pass_forward(plan.query, x_q, record, plan.steps, stats);
-    const int64_t ld = plan.query.ld, classes = plan.classes;
-    const S* out = record + plan.query.out;
-    ex.each(plan.query.samples * classes, [=](int64_t i) {
-      to.predictions[i] = out[i % classes * ld + i / classes];
-    });
+    give(record + plan.query.out, plan.query, plan.classes, to.predictions);
     if (!plan.has_query_targets) return;
     const S loss = value(plan.query, plan.query_loss, record, data.y_q);
     ex.each(1, [=](int64_t) { to.loss[0] = loss; });
@@ -183,31 +179,32 @@ class Task {
   }
 
   // Data in and out.
-  FASTKFO_FN void take_features(const S* from, const Pass& pass, S* to) {
-    const int64_t ld = pass.ld, n = pass.samples, in = plan.in;
-    ex.each(in, ld, [=](int64_t r, int64_t i) {
-      const int64_t s = i - r * ld;
-      to[i] = s < n ? from[s * in + r] : S(0);
-    });
-  }
-  FASTKFO_FN void give_features(const S* from, const Pass& pass, S* to) {
-    const int64_t ld = pass.ld, in = plan.in;
-    ex.each(pass.samples * in, [=](int64_t i) { to[i] = from[i % in * ld + i / in]; });
-  }
-  FASTKFO_FN void take_support(const S* from) {
-    if (plan.steps == 0) return;
-    const Pass& pass = plan.support;
-    take_features(from, pass, x());
-    if (plan.layer[0].kind != kLinear) return;
-    const Param& p = plan.param[plan.layer[0].weight];
-    const Operands<S> by = operands(p);
-    const WeightUpdate<Exec> update{ex, p, by};
-    const int64_t in = plan.in, ld = p.ld;
-    S* rows = tape + plan.x_rows;
+  // rows [samples, pad(in)] and to [in, ld], padded with zeros
+  FASTKFO_FN void take_features(const S* from, const Pass& pass, S* rows, S* to) {
+    const int64_t in = plan.in, ld = plan.ld_in;
     ex.each(pass.samples, ld, [=](int64_t r, int64_t i) {
       const int64_t c = i - r * ld;
       rows[i] = c < in ? from[r * in + c] : S(0);
     });
+    ex.transpose(pass.samples, in, rows, ld, to, pass.ld);
+  }
+  FASTKFO_FN void give_features(const S* from, const Pass& pass, S* to) {
+    give(from, pass, plan.in, to);
+  }
+  // to [samples, count], without gaps
+  FASTKFO_FN void give(const S* from, const Pass& pass, int64_t count, S* to) {
+    const int64_t ld = pass.ld;
+    ex.each(pass.samples, count, [=](int64_t s, int64_t i) { to[i] = from[(i - s * count) * ld + s]; });
+  }
+  FASTKFO_FN void take_support(const S* from) {
+    if (plan.steps == 0) return;
+    const Pass& pass = plan.support;
+    take_features(from, pass, tape + plan.x_rows, x());
+    if (plan.layer[0].kind != kLinear) return;
+    const Param& p = plan.param[plan.layer[0].weight];
+    const Operands<S> by = operands(p);
+    const WeightUpdate<Exec> update{ex, p, by};
+    const int64_t ld = p.ld;
     if (!p.right) return;
     update.right(x(), pass.samples, pass.ld, tape + plan.q0);
     if (plan.keep)

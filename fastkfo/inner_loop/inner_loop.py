@@ -437,8 +437,8 @@ class InnerLoop(nn.Module):
 def _is_one_batch(batch: Batch) -> bool:
     """Whether all tensors have one and the same T, at least 1, and none is of inference mode."""
     tensors = [x for x in batch if x is not None]
-    tasks = len(tensors[0])
-    return tasks > 0 and all([len(x) == tasks and not x.is_inference() for x in tensors])
+    tasks = tensors[0].shape[0]
+    return tasks > 0 and all([x.shape[0] == tasks and not x.is_inference() for x in tensors])
 
 
 def _not_fused(reason: str) -> ValueError:
