@@ -48,6 +48,13 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "inner_loop_tape(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
       "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, Tensor? y_q, int[] layers, "
       "float[] constants, float[] alpha, int steps, int loss, int query_loss, bool psd) -> int");
+  // forward and backward at once for a cotangent of 1 of every task's query loss: the outputs of
+  // inner_loop_forward, then those of inner_loop_backward
+  m.def(
+      "inner_loop_gradient(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
+      "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor x_q, Tensor y_q, int[] layers, "
+      "float[] constants, float[] alpha, int steps, int loss, int query_loss, bool psd, "
+      "bool first_order, int[] wanted, bool want_x_s, bool want_x_q) -> Tensor[]");
   // the vector-Jacobian product: what is wanted of every parameter, in the order of the bits
   // (1 theta, 2 left, 4 right, 8 bias, 16 scale), then of the inputs
   m.def(

@@ -258,7 +258,13 @@ def run(
 
 
 class InnerLoop(Function):
-    """Query losses, support losses, predictions, statistics, and θ_K if it is asked for."""
+    """Query losses, support losses, predictions, statistics, finite, and θ_K if it is asked for.
+
+    Where only query losses can have a cotangent, the gradient is computed along with them, for a
+    cotangent of 1: what a task needs for it is in the cache then, and no tape is written. Gradients
+    are linear in the cotangents, so that those of tasks that all have the same one (a mean, a sum)
+    are that multiple. Other cotangents take a second run, with a tape.
+    """
 
     @staticmethod
     def forward(
@@ -271,27 +277,23 @@ class InnerLoop(Function):
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.spec = spec
+        wants = ctx.needs_input_grad
+        ctx.spec, ctx.tape, ctx.ready = spec, None, None
+        data = (*spec.groups(flat), x_s, y_s, x_q, y_q)
+        differentiable = any(wants)
         if not spec.native:
-            found = _by_reference(spec, x_s, y_s, x_q, y_q, flat)
-            nothing = x_s.new_empty(0)
-            outputs = [
-                found.loss, found.support_loss, found.predictions, found.statistics, found.finite,
-            ]  # fmt: skip
-            results = [nothing if x is None else x.detach() for x in outputs]
-            results += [x.detach() for x in found.theta]
-            ctx.tape = None
-            ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
-        else:
-            data = (*spec.groups(flat), x_s, y_s, x_q, y_q)
-            tape = None
-            if any(ctx.needs_input_grad):
-                ctx.tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
-                tape = ctx.tape.tensor
-                ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
-            results = torch.ops.fastkfo.inner_loop_forward.default(
-                *data, tape, *spec.arguments, spec.adapted
+            results = _outputs(_by_reference(spec, x_s, y_s, x_q, y_q, flat), x_s)
+        elif differentiable and y_q is not None and not spec.adapted:
+            results = torch.ops.fastkfo.inner_loop_gradient.default(
+                *data, *spec.arguments, spec.first_order, spec.masks(wants[5:]), wants[1], wants[3]
             )
+            ctx.ready, results = results[5:], results[:5]
+        else:
+            if differentiable:
+                ctx.tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
+            results = _run_native(spec, data, ctx.tape)
+        if differentiable:
+            ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
         ctx.mark_non_differentiable(*results[1:5])
         return tuple(results)
 
@@ -303,23 +305,54 @@ class InnerLoop(Function):
         d_loss, d_theta = cotangents[0], cotangents[5:]
         if d_loss is None and not any([c is not None for c in d_theta]):
             return (None,) * len(wants)
-        if ctx.tape is None or torch.is_grad_enabled():
+        if not spec.native or torch.is_grad_enabled():
             return _pulled_by_reference(spec, d_loss, d_theta, x_s, y_s, x_q, y_q, flat, wants)
         masks = spec.masks(wants[5:])
-        found = iter(
-            torch.ops.fastkfo.inner_loop_backward.default(
-                d_loss, list(d_theta), *spec.groups(flat), x_s, y_s, x_q, y_q, ctx.tape.tensor,
-                *spec.arguments, spec.first_order, masks, wants[1], wants[3],
-            )
-        )  # fmt: skip
+        found = None if ctx.ready is None else _multiple(ctx.ready, d_loss)
+        if found is None:
+            data = (*spec.groups(flat), x_s, y_s, x_q, y_q)
+            tape = ctx.tape
+            if tape is None:
+                tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
+                _run_native(spec, data, tape)
+            found = torch.ops.fastkfo.inner_loop_backward.default(
+                d_loss, list(d_theta), *data, tape.tensor, *spec.arguments, spec.first_order,
+                masks, wants[1], wants[3],
+            )  # fmt: skip
+        given = iter(found)
         own: list[Tensor | None] = [None] * len(flat)
         for mask, places in zip(masks, zip(*spec.places, strict=True), strict=True):
             for bit, k in enumerate(places):
                 if k is not None and mask & (1 << bit):
-                    own[k] = next(found)
-        d_x_s = next(found) if wants[1] else None
-        d_x_q = next(found) if wants[3] else None
+                    own[k] = next(given)
+        d_x_s = next(given) if wants[1] else None
+        d_x_q = next(given) if wants[3] else None
         return (None, d_x_s, None, d_x_q, None, *own)
+
+
+def _run_native(spec: Spec, data: tuple[Any, ...], tape: tapes.Tape | None) -> list[Tensor]:
+    memory = None if tape is None else tape.tensor
+    results: list[Tensor] = torch.ops.fastkfo.inner_loop_forward.default(
+        *data, memory, *spec.arguments, spec.adapted
+    )
+    return results
+
+
+def _outputs(found: InnerLoopResult, like: Tensor) -> list[Tensor]:
+    """What the kernel returns, from what the reference does."""
+    values = (found.loss, found.support_loss, found.predictions, found.statistics, found.finite)
+    nothing = like.new_empty(0)
+    return [nothing if x is None else x.detach() for x in (*values, *found.theta)]
+
+
+def _multiple(ready: Sequence[Tensor], d_loss: Tensor | None) -> Sequence[Tensor] | None:
+    """The gradients for cotangents that are equal for all tasks; None for others."""
+    if d_loss is None:
+        return None
+    low, high = (float(x) for x in d_loss.aminmax())
+    if low != high or low == 0.0:
+        return None
+    return ready if low == 1.0 else torch._foreach_mul(list(ready), low)
 
 
 def _by_reference(
