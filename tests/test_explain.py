@@ -7,7 +7,7 @@ from torch import nn
 
 import fastkfo
 from tests.batches import batch, learner
-from tests.cases import HAS_NATIVE
+from tests.cases import HAS_NATIVE, needs_native
 from tests.models import build, snapshot
 from tests.test_inner_loop import features, head
 
@@ -23,8 +23,20 @@ def said(capsys, loop, name, tasks=3):
     return capsys.readouterr().out
 
 
-def test_an_mlp(capsys):
+@needs_native
+def test_an_mlp_in_one_call(capsys):
     loop = fastkfo.InnerLoop(learner("mlp", "kron-psd"), F.cross_entropy, 5)
+    text = said(capsys, loop, "mlp")
+    assert "model: fused, all steps of all tasks and the meta-gradient in one native call" in text
+    assert "nothing is kept for the meta-gradient" in text
+    loop = fastkfo.InnerLoop(learner("cnn", "kron-psd"), F.cross_entropy, 5)
+    assert "fused: no, Conv2d ('0', layer 1) is not a layer that is known" in said(
+        capsys, loop, "cnn"
+    )
+
+
+def test_an_mlp(capsys):
+    loop = fastkfo.InnerLoop(learner("mlp", "kron-psd"), F.cross_entropy, 5, backend="batched")
     text = said(capsys, loop, "mlp")
     assert "tasks: 3, 5 steps" in text
     assert "model: all tasks in one pass, without vmap" in text

@@ -70,7 +70,6 @@ struct SharedBlock {
   }
 };
 
-
 void check_labels(const Tensor& y, int64_t loss, int64_t classes) {
   if (loss != kCrossEntropyMean && loss != kCrossEntropySum) return;
   const int64_t* labels = static_cast<const int64_t*>(y.data_ptr());
@@ -110,8 +109,7 @@ struct Outputs {
     passes = plan.steps + (plan.has_query ? 1 : 0);
     loss = empty_of(like, {plan.has_query_targets ? tasks : 0});
     support_loss = empty_of(like, {tasks, plan.steps});
-    predictions =
-        empty_of(like, {plan.has_query ? tasks : 0, plan.query.samples, plan.classes});
+    predictions = empty_of(like, {plan.has_query ? tasks : 0, plan.query.samples, plan.classes});
     statistics = empty_of(like, {tasks, passes, plan.statistics});
     finite = torch::stable::empty({tasks}, ScalarType::Bool);
   }
@@ -163,9 +161,9 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
     const int64_t last = keep ? plan.steps - 1 : plan.steps % 2;
     for (size_t i = 0; i < params.size(); ++i) {
       const Param& p = params[i];
-      const S* from = (plan.steps > 0  ? own_tape + plan.thetas + last * plan.theta
-                       : p.own[0] ? blocks.own
-                                  : blocks.shared) +
+      const S* from = (plan.steps > 0 ? own_tape + plan.thetas + last * plan.theta
+                       : p.own[0]     ? blocks.own
+                                      : blocks.shared) +
                       p.at;
       take_rows(from, p.ld, p.rows, p.cols, data_of<S>(results[5 + i]) + t * p.rows * p.cols);
     }
@@ -337,17 +335,39 @@ Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right,
                            MaybeTensor y_q, MaybeTensor tape, Ints layers, Floats constants,
                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss, bool psd,
                            bool adapted) {
-  Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, psd, false};
+  Call call{{optional(theta), left, right, bias, scale},
+            x_s,
+            y_s,
+            x_q,
+            y_q,
+            layers,
+            constants,
+            alpha,
+            steps,
+            loss,
+            query_loss,
+            psd,
+            false};
   return by_dtype(x_s, [&](auto s) { return forward<decltype(s)>(call, tape, adapted); });
 }
 
 int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                         MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                        MaybeTensor y_q, Ints layers, Floats constants, Floats alpha,
-                        int64_t steps, int64_t loss, int64_t query_loss, bool psd) {
-  Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, psd, false};
+                        MaybeTensor y_q, Ints layers, Floats constants, Floats alpha, int64_t steps,
+                        int64_t loss, int64_t query_loss, bool psd) {
+  Call call{{optional(theta), left, right, bias, scale},
+            x_s,
+            y_s,
+            x_q,
+            y_q,
+            layers,
+            constants,
+            alpha,
+            steps,
+            loss,
+            query_loss,
+            psd,
+            false};
   return by_dtype(x_s, [&](auto s) { return tape_of<decltype(s)>(call); });
 }
 
@@ -356,22 +376,42 @@ Tensors inner_loop_gradient(Tensors theta, MaybeTensors left, MaybeTensors right
                             Ints layers, Floats constants, Floats alpha, int64_t steps,
                             int64_t loss, int64_t query_loss, bool psd, bool first_order,
                             Ints wanted, bool want_x_s, bool want_x_q) {
-  Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, psd, first_order};
-  return by_dtype(x_s, [&](auto s) {
-    return gradient<decltype(s)>(call, wanted, want_x_s, want_x_q);
-  });
+  Call call{{optional(theta), left, right, bias, scale},
+            x_s,
+            y_s,
+            x_q,
+            y_q,
+            layers,
+            constants,
+            alpha,
+            steps,
+            loss,
+            query_loss,
+            psd,
+            first_order};
+  return by_dtype(x_s,
+                  [&](auto s) { return gradient<decltype(s)>(call, wanted, want_x_s, want_x_q); });
 }
 
 Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
                             MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                             MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                             MaybeTensor y_q, Tensor tape, Ints layers, Floats constants,
-                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
-                            bool psd, bool first_order, Ints wanted, bool want_x_s,
-                            bool want_x_q) {
-  Call call{{optional(theta), left, right, bias, scale}, x_s, y_s, x_q, y_q, layers, constants,
-            alpha, steps, loss, query_loss, psd, first_order};
+                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss, bool psd,
+                            bool first_order, Ints wanted, bool want_x_s, bool want_x_q) {
+  Call call{{optional(theta), left, right, bias, scale},
+            x_s,
+            y_s,
+            x_q,
+            y_q,
+            layers,
+            constants,
+            alpha,
+            steps,
+            loss,
+            query_loss,
+            psd,
+            first_order};
   return by_dtype(x_s, [&](auto s) {
     return backward<decltype(s)>(call, d_loss, d_adapted, tape, wanted, want_x_s, want_x_q);
   });

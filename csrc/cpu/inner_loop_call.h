@@ -41,8 +41,7 @@ class Prepared {
   Planned planned;
   int64_t tasks;
 
-  Prepared(Call& call, bool keep, const Ints& wanted, bool want_x_s, bool want_x_q)
-      : call_(call) {
+  Prepared(Call& call, bool keep, const Ints& wanted, bool want_x_s, bool want_x_q) : call_(call) {
     read_layers();
     read_inputs();
     read_operands(wanted);
@@ -162,9 +161,9 @@ class Prepared {
 
   void read_layers() {
     const Ints& given = call_.layers;
-    STD_TORCH_CHECK(!given.empty() && given.size() % 5 == 0 &&
-                        call_.constants.size() == given.size() / 5,
-                    "fastkfo: expected five numbers and one constant per layer");
+    STD_TORCH_CHECK(
+        !given.empty() && given.size() % 5 == 0 && call_.constants.size() == given.size() / 5,
+        "fastkfo: expected five numbers and one constant per layer");
     const int64_t count = static_cast<int64_t>(call_.operands[0].size());
     std::vector<int> seen(count, 0);
     int64_t width = given[1];
@@ -250,8 +249,8 @@ class Prepared {
         STD_TORCH_CHECK(group.empty() || group.size() == count, "fastkfo: lists differ in length");
         const bool present = !group.empty() && group[i].has_value();
         if (there[which]) *there[which] = present;
-        STD_TORCH_CHECK(present || (which > 0 && !(p.wanted & (1 << which))),
-                        "fastkfo: operand ", which, " of parameter ", i, " is absent");
+        STD_TORCH_CHECK(present || (which > 0 && !(p.wanted & (1 << which))), "fastkfo: operand ",
+                        which, " of parameter ", i, " is absent");
         if (!present) continue;
         Tensor& x = *group[i];
         same_dtype(x, call_.x_s, "operands");

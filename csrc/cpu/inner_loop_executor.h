@@ -93,8 +93,7 @@ struct Executor {
   template <class F>
   FASTKFO_FN void sum_columns(int64_t rows, int64_t ld, S* to, const F& f) {
     each(ld, [=](int64_t c) { to[c] = 0; });
-    for (int64_t r = 0; r < rows; ++r)
-      each(ld, [=](int64_t c) { to[c] += f(r, r * ld + c); });
+    for (int64_t r = 0; r < rows; ++r) each(ld, [=](int64_t c) { to[c] += f(r, r * ld + c); });
   }
   FASTKFO_FN void max_columns(int64_t rows, int64_t ld, S* to, const S* from) {
     each(ld, [=](int64_t c) { to[c] = from[c]; });
@@ -115,9 +114,8 @@ struct Executor {
   }
 
   // c = alpha a b + from; c, b and from lie row by row, and rows are padded.
-  FASTKFO_FN void product(int64_t rows, int64_t columns, int64_t inner, Matrix<S> a,
-                                 const S* b, int64_t ld_b, S* c, int64_t ld_c, S alpha = 1,
-                                 const S* from = nullptr) {
+  FASTKFO_FN void product(int64_t rows, int64_t columns, int64_t inner, Matrix<S> a, const S* b,
+                          int64_t ld_b, S* c, int64_t ld_c, S alpha = 1, const S* from = nullptr) {
     multiply(rows, columns, inner, a, b, ld_b, c, ld_c, alpha, from);
   }
 

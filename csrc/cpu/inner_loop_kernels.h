@@ -15,13 +15,14 @@ template <class S>
 struct Kernels {
   void (*forward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, const Data<S>&,
                   const Results<S>&);
-  void (*backward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, S cotangent, S* x_s_grad, S* x_q_grad);
+  void (*backward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, S cotangent, S* x_s_grad,
+                   S* x_q_grad);
 };
 
-#define FASTKFO_DECLARE(level)    \
-  namespace level {               \
-  Kernels<float> of_float();      \
-  Kernels<double> of_double();    \
+#define FASTKFO_DECLARE(level) \
+  namespace level {            \
+  Kernels<float> of_float();   \
+  Kernels<double> of_double(); \
   }
 FASTKFO_DECLARE(baseline)
 FASTKFO_DECLARE(v3)

@@ -24,8 +24,7 @@ template <class S>
 void backward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
               S cotangent, S* x_s_grad, S* x_q_grad) {
   Executor<S> executor;
-  Task<Executor<S>>(executor, plan, blocks, scratch, tape)
-      .backward(cotangent, x_s_grad, x_q_grad);
+  Task<Executor<S>>(executor, plan, blocks, scratch, tape).backward(cotangent, x_s_grad, x_q_grad);
 }
 
 Kernels<float> of_float() { return {forward<float>, backward<float>}; }

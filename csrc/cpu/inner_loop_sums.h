@@ -1,5 +1,6 @@
-// The gradients of a fused inner loop: each task's own, and the sums over tasks. The tasks are dealt
-// out to parts that do not depend on the number of threads, and so is the order of all additions.
+// The gradients of a fused inner loop: each task's own, and the sums over tasks. The tasks are
+// dealt out to parts that do not depend on the number of threads, and so is the order of all
+// additions.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,8 @@ constexpr int64_t kMostParts = 64;
 
 template <class S>
 void take_rows(const S* from, int64_t ld, int64_t rows, int64_t columns, S* to) {
-  for (int64_t r = 0; r < rows; ++r) std::copy(from + r * ld, from + r * ld + columns, to + r * columns);
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy(from + r * ld, from + r * ld + columns, to + r * columns);
 }
 
 // A sum of x * 0, several at a time: one would wait for every addition.
@@ -87,7 +89,8 @@ class Sums {
         out.part = part_size_;
         part_size_ += out.size();
       }
-    parts_ = std::clamp<int64_t>((prepared.tasks + kTasksPerPart - 1) / kTasksPerPart, 1, kMostParts);
+    parts_ =
+        std::clamp<int64_t>((prepared.tasks + kTasksPerPart - 1) / kTasksPerPart, 1, kMostParts);
     memory_.reset(new S[std::max<int64_t>(1, parts_ * part_size_)]);
   }
   int64_t parts() const { return parts_; }

@@ -76,14 +76,22 @@ struct Constant {
 template <class F>
 FASTKFO_FN void with_kind(int kind, const F& f) {
   switch (kind) {
-    case kRelu: return f(Constant<kRelu>{});
-    case kLeakyRelu: return f(Constant<kLeakyRelu>{});
-    case kTanh: return f(Constant<kTanh>{});
-    case kSigmoid: return f(Constant<kSigmoid>{});
-    case kSilu: return f(Constant<kSilu>{});
-    case kGelu: return f(Constant<kGelu>{});
-    case kGeluTanh: return f(Constant<kGeluTanh>{});
-    default: return;
+    case kRelu:
+      return f(Constant<kRelu>{});
+    case kLeakyRelu:
+      return f(Constant<kLeakyRelu>{});
+    case kTanh:
+      return f(Constant<kTanh>{});
+    case kSigmoid:
+      return f(Constant<kSigmoid>{});
+    case kSilu:
+      return f(Constant<kSilu>{});
+    case kGelu:
+      return f(Constant<kGelu>{});
+    case kGeluTanh:
+      return f(Constant<kGeluTanh>{});
+    default:
+      return;
   }
 }
 

@@ -123,9 +123,7 @@ struct Norm {
   const S *w, *b;      // null: 1, 0
   S *sum, *other_sum;  // scratch, one number per mean
 
-  static FASTKFO_FN int64_t place(int64_t row, int64_t column) {
-    return BATCH ? row : column;
-  }
+  static FASTKFO_FN int64_t place(int64_t row, int64_t column) { return BATCH ? row : column; }
   FASTKFO_FN S count() const { return S(BATCH ? at.samples : layer.in); }
   template <class F>
   FASTKFO_FN void total(S* to, const F& f) const {
@@ -166,9 +164,11 @@ struct Norm {
   // g_w = sum d_y hat, g_b = sum d_y
   FASTKFO_FN void gradients(S* g_w, S* g_b) const {
     const S *d_y = at.d_y, *h = hat;
-    if (w) ex.sum_rows(layer.in, at.samples, at.ld, g_w,
-                       [=](int64_t, int64_t i) { return d_y[i] * h[i]; });
-    if (b) ex.sum_rows(layer.in, at.samples, at.ld, g_b, [=](int64_t, int64_t i) { return d_y[i]; });
+    if (w)
+      ex.sum_rows(layer.in, at.samples, at.ld, g_w,
+                  [=](int64_t, int64_t i) { return d_y[i] * h[i]; });
+    if (b)
+      ex.sum_rows(layer.in, at.samples, at.ld, g_b, [=](int64_t, int64_t i) { return d_y[i]; });
   }
   // d_x = (g - mean g - hat mean(g hat)) / std, g = w d_y
   FASTKFO_FN void backward() const {

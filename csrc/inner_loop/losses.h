@@ -46,9 +46,8 @@ struct TaskLoss {
     const int count = classes;
     const S w = weight();
     ex.max_columns(classes, ld, highest, z);
-    ex.each(classes, ld, [=](int64_t r, int64_t i) {
-      p[i] = Exec::exp(z[i] - highest[i - r * stride]);
-    });
+    ex.each(classes, ld,
+            [=](int64_t r, int64_t i) { p[i] = Exec::exp(z[i] - highest[i - r * stride]); });
     ex.sum_columns(classes, ld, total, [=](int64_t, int64_t i) { return p[i]; });
     ex.each(classes, ld, [=](int64_t r, int64_t i) {
       p[i] /= total[i - r * stride];

@@ -8,11 +8,11 @@ namespace fastkfo::inner_loop {
 // Room for one parameter at a time.
 template <class S>
 struct Room {
-  S* rows_in;                // [samples, pad(m)]
-  S* rows_out;               // [samples, pad(n)]
-  S* cols_out;               // [n, ld]
-  S* cols_in;                // [m, ld]
-  S* square;                 // [n, pad(m)]
+  S* rows_in;   // [samples, pad(m)]
+  S* rows_out;  // [samples, pad(n)]
+  S* cols_out;  // [n, ld]
+  S* cols_in;   // [m, ld]
+  S* square;    // [n, pad(m)]
 };
 
 // One task's data, in the caller's memory, without gaps. Null where there is none.

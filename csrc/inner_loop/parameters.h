@@ -56,7 +56,7 @@ struct WeightUpdate {
   }
   // theta' = theta - alpha s o (P Q + beta)
   FASTKFO_FN void step(const WeightStep<S>& step, const S* theta, S* next,
-                              const Room<S>& room) const {
+                       const Room<S>& room) const {
     const S alpha = S(param.alpha);
     const S *beta = by.beta, *s = by.s;
     const int64_t n = int64_t(param.rows) * param.ld;
@@ -113,8 +113,8 @@ struct WeightUpdate {
                    step.ld, -alpha);
       if (to.a) {
         ex.transpose(param.rows, step.samples, step.d, step.ld, room.rows_out, by.ld_a);
-        ex.product(param.rows, param.rows, step.samples, {half, step.ld, 1}, room.rows_out,
-                   by.ld_a, to.a, by.ld_a, -alpha, to.a);
+        ex.product(param.rows, param.rows, step.samples, {half, step.ld, 1}, room.rows_out, by.ld_a,
+                   to.a, by.ld_a, -alpha, to.a);
       }
     }
     if (to.c || v_d) {
@@ -176,8 +176,8 @@ struct VectorUpdate {
     });
   }
   // The gradients of the operands, and v = -alpha A' (s o lambda) c. u: two rows of scratch.
-  FASTKFO_FN void adjoint(const S* g, const S* lambda, const Gradients<S>& to, S* v,
-                                 S* u, S* scaled) const {
+  FASTKFO_FN void adjoint(const S* g, const S* lambda, const Gradients<S>& to, S* v, S* u,
+                          S* scaled) const {
     const S alpha = S(param.alpha), factor = c();
     const S* through = lambda;
     if (by.s || to.c) update(g, u);

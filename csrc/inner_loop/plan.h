@@ -38,14 +38,14 @@ struct Layer {
 // One parameter, rows x cols, its rows ld apart; a vector is one row.
 struct Param {
   int32_t rows, cols, ld;
-  int32_t n, m;                     // sizes of its factors: of a vector, its length and 1
-  bool left, right, bias, scale;    // which operands there are
-  bool own[5];                      // whether every task has its own: theta, left, ..., scale
-  int32_t wanted;                   // of the gradient, as bits
+  int32_t n, m;                   // sizes of its factors: of a vector, its length and 1
+  bool left, right, bias, scale;  // which operands there are
+  bool own[5];                    // whether every task has its own: theta, left, ..., scale
+  int32_t wanted;                 // of the gradient, as bits
   double alpha;
-  int64_t at;                       // in a block of parameters
-  int64_t a, a_t, c, beta, s;       // in a block of operands; a_t == a where A is symmetric
-  int64_t g_a, g_c, g_beta, g_s;    // in a block of gradients, which begins with theta's
+  int64_t at;                     // in a block of parameters
+  int64_t a, a_t, c, beta, s;     // in a block of operands; a_t == a where A is symmetric
+  int64_t g_a, g_c, g_beta, g_s;  // in a block of gradients, which begins with theta's
 };
 
 // Where the numbers of one layer lie in the record of one pass.

@@ -15,8 +15,8 @@ struct Planned {
   std::vector<Layer> layers;
   std::vector<Param> params;
   std::vector<Slots> support, query;
-  int64_t pad;        // numbers that rows are padded to
-  bool symmetric;     // A and C equal their transposes
+  int64_t pad;         // numbers that rows are padded to
+  bool symmetric;      // A and C equal their transposes
   int64_t scratch[2];  // numbers of scratch: forward, and with the backward pass
 
   int64_t padded(int64_t n) const { return (n + pad - 1) / pad * pad; }

@@ -24,8 +24,8 @@ class Task {
   S* tape;
 
  public:
-  FASTKFO_FN Task(Exec& exec, const Plan& all, const Blocks<S>& operands,
-                         const Work<S>& room, S* memory)
+  FASTKFO_FN Task(Exec& exec, const Plan& all, const Blocks<S>& operands, const Work<S>& room,
+                  S* memory)
       : ex(exec), plan(all), blocks(operands), scratch(room), tape(memory) {}
 
   FASTKFO_FN void forward(const Data<S>& data, const Results<S>& to) {
@@ -114,9 +114,9 @@ class Task {
     const auto at = [&](bool there, int which, int64_t place) -> const S* {
       return there ? block(p.own[which]) + place : nullptr;
     };
-    return {at(p.left, 1, p.a),     at(p.left, 1, p.a_t),   at(p.right, 2, p.c),
-            at(p.bias, 3, p.beta),  at(p.scale, 4, p.s),
-            (p.n + pad - 1) / pad * pad, (p.m + pad - 1) / pad * pad};
+    return {at(p.left, 1, p.a),         at(p.left, 1, p.a_t), at(p.right, 2, p.c),
+            at(p.bias, 3, p.beta),      at(p.scale, 4, p.s),  (p.n + pad - 1) / pad * pad,
+            (p.m + pad - 1) / pad * pad};
   }
   FASTKFO_FN Gradients<S> gradients(const Param& p) const {
     S* g = scratch.gradients;
@@ -126,8 +126,7 @@ class Task {
     return {g + p.at, at(kLeft, p.g_a), at(kRight, p.g_c), at(kBias, p.g_beta), at(kScale, p.g_s)};
   }
   // keeps: what the cotangents d are in, the record itself or another one
-  FASTKFO_FN Span<S> span(const Pass& pass, const S* x0, S* record, S* cotangents,
-                                 int l) const {
+  FASTKFO_FN Span<S> span(const Pass& pass, const S* x0, S* record, S* cotangents, int l) const {
     const Slots* s = pass.slots;
     return {pass.samples,
             pass.ld,
@@ -135,7 +134,10 @@ class Task {
             l + 1 < plan.layers ? record + s[l + 1].a : record + pass.out,
             l == 0 ? nullptr : cotangents + s[l - 1].d,
             cotangents + s[l].d,
-            nullptr, nullptr, nullptr, nullptr};
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr};
   }
   FASTKFO_FN Span<S> tangent_span(const S* record, int l) const {
     Span<S> at = span(plan.support, x(), const_cast<S*>(record), const_cast<S*>(record), l);
@@ -143,7 +145,7 @@ class Task {
     S* along = scratch.record;
     at.x_t = l == 0 ? nullptr : along + s[l].a;
     at.y_t = l + 1 < plan.layers ? along + s[l + 1].a : along + plan.support.out;
-    at.d_x_t = l > 0             ? along + s[l - 1].d
+    at.d_x_t = l > 0            ? along + s[l - 1].d
                : !plan.want_x_s ? nullptr
                : sums_inputs()  ? scratch.x_s_grad
                                 : scratch.room.cols_in;
@@ -154,11 +156,18 @@ class Task {
   FASTKFO_FN bool sums_inputs() const { return plan.layer[0].kind == kLinear; }
   template <bool BATCH>
   FASTKFO_FN Norm<Exec, BATCH> norm(const Layer& layer, const Span<S>& at, const S* record,
-                                           const Slots& slots, int k) const {
+                                    const Slots& slots, int k) const {
     S* mutable_record = const_cast<S*>(record);
     const int64_t row = scratch_row();
-    return {ex, layer, at, mutable_record + slots.hat, mutable_record + slots.inv,
-            theta(k, layer.weight), theta(k, layer.bias), scratch.lanes, scratch.lanes + row};
+    return {ex,
+            layer,
+            at,
+            mutable_record + slots.hat,
+            mutable_record + slots.inv,
+            theta(k, layer.weight),
+            theta(k, layer.bias),
+            scratch.lanes,
+            scratch.lanes + row};
   }
   FASTKFO_FN int64_t scratch_row() const { return plan.lanes; }
   FASTKFO_FN WeightStep<S> weight_step(const S* record, int l) const {
@@ -169,7 +178,7 @@ class Task {
     return {plan.support.samples,
             plan.support.ld,
             l == 0 ? x() : record + s.a,
-            l == 0      ? tape + plan.x_rows
+            l == 0    ? tape + plan.x_rows
             : p.right ? scratch.record + s.rows
                       : q,
             record + s.d,
@@ -194,7 +203,8 @@ class Task {
   // to [samples, count], without gaps
   FASTKFO_FN void give(const S* from, const Pass& pass, int64_t count, S* to) {
     const int64_t ld = pass.ld;
-    ex.each(pass.samples, count, [=](int64_t s, int64_t i) { to[i] = from[(i - s * count) * ld + s]; });
+    ex.each(pass.samples, count,
+            [=](int64_t s, int64_t i) { to[i] = from[(i - s * count) * ld + s]; });
   }
   FASTKFO_FN void take_support(const S* from) {
     if (plan.steps == 0) return;
@@ -212,8 +222,7 @@ class Task {
   }
 
   // Passes.
-  FASTKFO_FN void pass_forward(const Pass& pass, const S* x0, S* record, int k,
-                                      S* statistics) {
+  FASTKFO_FN void pass_forward(const Pass& pass, const S* x0, S* record, int k, S* statistics) {
     for (int l = 0; l < plan.layers; ++l) {
       const Layer& layer = plan.layer[l];
       const Span<S> at = span(pass, x0, record, record, l);
@@ -235,8 +244,8 @@ class Task {
     S* d = record + pass.slots[plan.layers - 1].d;
     return loss.value(record + pass.out, y, record + pass.p, d, scratch.lanes);
   }
-  FASTKFO_FN void pass_backward(const Pass& pass, const S* x0, S* record, S* cotangents,
-                                       int k, bool to_input) {
+  FASTKFO_FN void pass_backward(const Pass& pass, const S* x0, S* record, S* cotangents, int k,
+                                bool to_input) {
     for (int l = plan.layers - 1; l >= (to_input ? 0 : 1); --l) {
       const Layer& layer = plan.layer[l];
       Span<S> at = span(pass, x0, record, cotangents, l);
@@ -252,13 +261,14 @@ class Task {
     }
   }
   // g of the vectors of layer l, to g_w and g_b
-  FASTKFO_FN void vector_gradients(const Pass& pass, const S* record, const Span<S>& at,
-                                          int l, int k, S* g_w, S* g_b) {
+  FASTKFO_FN void vector_gradients(const Pass& pass, const S* record, const Span<S>& at, int l,
+                                   int k, S* g_w, S* g_b) {
     const Layer& layer = plan.layer[l];
     const S* d = at.d_y;
     if (layer.kind == kLinear) {
       if (layer.bias >= 0)
-        ex.sum_rows(layer.out, pass.samples, pass.ld, g_b, [=](int64_t, int64_t i) { return d[i]; });
+        ex.sum_rows(layer.out, pass.samples, pass.ld, g_b,
+                    [=](int64_t, int64_t i) { return d[i]; });
     } else if (layer.kind == kBatchNorm) {
       norm<true>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
     } else if (layer.kind == kLayerNorm) {
@@ -319,8 +329,8 @@ class Task {
       const Param& p = plan.param[layer.weight];
       S *rows = scratch.room.rows_in, *lambda = lambda_of(layer.weight);
       ex.transpose(p.cols, pass.samples, at.x, pass.ld, rows, p.ld);
-      ex.product(p.rows, p.cols, pass.samples, {at.d_y, pass.ld, 1}, rows, p.ld, lambda, p.ld,
-                 S(1), lambda);
+      ex.product(p.rows, p.cols, pass.samples, {at.d_y, pass.ld, 1}, rows, p.ld, lambda, p.ld, S(1),
+                 lambda);
     }
   }
   FASTKFO_FN void add_vector(int index, const S* g) {

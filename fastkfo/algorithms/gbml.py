@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import check_module
 from fastkfo.functional.checks import finite
-from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.learner import BatchedLearner, check_own_adapt
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.differentiate import gradients
@@ -118,6 +118,7 @@ class GBML(nn.Module):
         clone can be pickled but not deep-copied, until `detach_module` has cut it off.
         """
         if tasks is not None:
+            check_own_adapt(self)
             rule = self.rule(first_order, allow_unused, allow_nograd, adapt_transform)
             return BatchedLearner(rule, tasks, buffers)
         clone = GBML.__new__(GBML)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
 from fastkfo.functional.checks import finite
-from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.learner import BatchedLearner, check_own_adapt
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
@@ -139,6 +139,7 @@ class MAML(BaseLearner):
             ValueError: `tasks` is below 1.
         """
         if tasks is not None:
+            check_own_adapt(self)
             return BatchedLearner(
                 self.rule(first_order, allow_unused, allow_nograd), tasks, buffers
             )

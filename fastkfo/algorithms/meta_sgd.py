@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
 from fastkfo.functional.checks import finite
-from fastkfo.inner_loop.learner import BatchedLearner
+from fastkfo.inner_loop.learner import BatchedLearner, check_own_adapt
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
@@ -131,6 +131,7 @@ class MetaSGD(BaseLearner):
             ValueError: `tasks` is below 1.
         """
         if tasks is not None:
+            check_own_adapt(self)
             return BatchedLearner(self.rule(), tasks, buffers)
         return MetaSGD._for_task(
             clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order

@@ -190,7 +190,7 @@ def inner_loop(
         raise ValueError(f"steps: expected at least 0, got {steps}")
     check_inputs(layers, x_s, y_s, x_q, y_q, kinds)
     count = len(theta)
-    groups = [list(theta)]
+    groups: list[list[Any]] = [list(theta)]
     for name, group in (("left", left), ("right", right), ("bias", bias), ("scale", scale)):
         if group is not None and len(group) != count:
             raise ValueError(f"{name}: expected {count} entries as in theta, got {len(group)}")
@@ -397,14 +397,15 @@ def _pulled_by_reference(
 ) -> tuple[Tensor | None, ...]:
     """The vector-Jacobian product by autograd through the formula; differentiable itself."""
     create_graph = torch.is_grad_enabled()
-    inputs = [x_s, y_s, x_q, y_q, *flat]
+    inputs: list[Any] = [x_s, y_s, x_q, y_q, *flat]
     if not create_graph:
         inputs = [
             x if x is None or not w else x.detach().requires_grad_()
             for x, w in zip(inputs, wants[1:], strict=True)
         ]
     with torch.enable_grad():
-        found = _by_reference(spec, *inputs[:4], inputs[4:], graph=True)  # type: ignore[arg-type]
+        a, b, c, d, *rest = inputs
+        found = _by_reference(spec, a, b, c, d, rest, graph=True)
         pairs = [
             (x, c)
             for x, c in zip((found.loss, *found.theta), (d_loss, *d_theta), strict=False)

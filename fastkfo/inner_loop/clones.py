@@ -68,8 +68,11 @@ def _one(clone: nn.Module, settings: Settings, row: Batch, weights: Any) -> Outc
     if queries:
         total = queries[-1]
         if weights is not None:
-            total = torch.stack([w * q for w, q in zip(weights, queries, strict=True)]).sum()
+            pairs = zip(weights, queries, strict=True)
+            total = torch.stack([w * q.reshape(1) for w, q in pairs]).sum(0)
         total = total.reshape(1)
+        if not bool(torch.stack([*support, total.detach()]).isfinite().all()):
+            total = total.detach()  # its gradient is nothing, not NaN
     predictions = map_tensors(lambda x: x.unsqueeze(0), predictions)
     return outcome(total, predictions, support, 1, tree_leaves(row.x_s)[0])
 

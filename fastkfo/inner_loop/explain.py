@@ -63,11 +63,21 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
     shapes = "" if len(batches) == 1 else f" in {len(batches)} groups of equal shapes"
     yield f"tasks: {tasks}{shapes}, {inner_loop.steps} steps"
     reason = inner_loop.why_one_by_one()
-    if reason is None:
+    refused = inner_loop.why_not_fused(batches[0])
+    if refused is None:
+        yield "model: fused, all steps of all tasks and the meta-gradient in one native call"
+    else:
+        yield f"fused: no, {refused}"
+    if refused is None:
+        pass
+    elif reason is None:
         yield from _tried(inner_loop, batches[0], counts[0])
     else:
         yield f"model: task after task ({reason})"
-    yield f"memory: {_MEMORY[inner_loop.memory]}"
+    if refused is None:
+        yield "memory: what one task needs, per thread; nothing is kept for the meta-gradient"
+    else:
+        yield f"memory: {_MEMORY[inner_loop.memory]}"
     if inner_loop.chunk_size is not None:
         yield (
             f"chunk_size: {inner_loop.chunk_size} tasks at a time; chunks keep nothing and run "

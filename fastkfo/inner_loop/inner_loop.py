@@ -15,8 +15,9 @@ from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
 from fastkfo.inner_loop.clones import by_clones
-from fastkfo.inner_loop.fused import Fused, Remembered, Unfusable
-from fastkfo.inner_loop.inputs import Batch, Group, check_batch, grouped
+from fastkfo.inner_loop.fused import Fused
+from fastkfo.inner_loop.inputs import Batch, Group, check_batch, check_given, grouped
+from fastkfo.inner_loop.known_models import Unfusable
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.options import (
@@ -26,9 +27,11 @@ from fastkfo.inner_loop.options import (
     learner_options,
     overridden,
     params_of,
+    refused_by_clone,
     rule_of,
 )
 from fastkfo.inner_loop.pieces import run_pieces, together
+from fastkfo.inner_loop.remembered import Remembered
 from fastkfo.inner_loop.run import Outcome, Run, Settings, TaskLoss
 from fastkfo.inner_loop.trees import map_tensors
 
@@ -42,8 +45,14 @@ class InnerLoop(nn.Module):
     support loss ℓ_s, then the query loss ℓ_q(θ_K). The results, and their gradients in everything
     that is learned, are those of learn2learn's loop over `clone` and `adapt`.
 
-    A NaN or an infinity in one task never raises and never leaves it: `finite` names it, and the
-    gradients of what tasks share are as if it were not there.
+    A NaN or an infinity in one task never raises and never leaves it: `finite` says which tasks'
+    losses are not finite, and the gradients of what tasks share are as if these were not there. (Of
+    a learner with an `adapt` or `clone` of its own, this holds for losses that are not finite; a
+    NaN that first appears in a derivative is not seen.)
+
+    What is learned are the parameters of the learner, the features and losses that are modules,
+    step weights, and the batch where it requires a gradient. Other tensors, which a function closes
+    over, get their gradient where no pass is repeated: with `memory="full"` and no `chunk_size`.
 
     Args:
         learner: a GBML, MAML or MetaSGD. Options that are None here are its own.
@@ -59,7 +68,8 @@ class InnerLoop(nn.Module):
         allow_nograd: (GBML, MAML) whether parameters that require no gradient are left.
         memory: "full" keeps the whole graph, "checkpoint" the state before every step, "adjoint" no
             more than θ; the latter two compute every step once more in the backward pass, and are
-            differentiable once. Same gradients, same random draws.
+            differentiable once. Same gradients, same random draws (PyTorch's; Python's own `random`
+            is not put back).
         buffers: "shared": batch norms' running statistics end up as learn2learn's loop leaves them;
             in eval mode they are read as they were before. "frozen": they do not move. "per_task":
             every task goes on with its own.
@@ -122,6 +132,11 @@ class InnerLoop(nn.Module):
         self.learner, self.features, self.steps = learner, features, steps
         self.loss = as_loss("loss", loss)
         self.query_loss = self.loss if query_loss is None else as_loss("query_loss", query_loss)
+        without = {x for x in (loss, query_loss) if isinstance(x, nn.Module)} - {
+            self.loss, self.query_loss,
+        }  # fmt: skip
+        if without:  # of parameters; so that `eval`, `to` and `state_dict` reach their buffers
+            self.loss_modules = nn.ModuleList(sorted(without, key=lambda x: x is not loss))
         self.memory, self.buffer_mode = memory, buffers
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
@@ -167,6 +182,7 @@ class InnerLoop(nn.Module):
         given = Batch(x_s, y_s, x_q, y_q)
         if x_q is None:
             raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
+        check_given(given)
         if type(x_s) is Tensor and step_weights is None:
             found = self._at_once(given, steps)
             if found is not None:
@@ -197,7 +213,10 @@ class InnerLoop(nn.Module):
             ValueError: inputs do not fit or are empty, or the learner cannot be batched.
         """
         batch = Batch(x_s, y_s)
+        check_given(batch)
         tasks = check_batch(batch)
+        if reason := self._own_step():
+            raise ValueError(f"learner: expected one that can be batched, got one where {reason}")
         settings = self.settings(steps)
         with _normal_mode():
             batch = self._normal(batch)
@@ -207,6 +226,8 @@ class InnerLoop(nn.Module):
                     batch = run.featured(self.leaves(batch, None))
                     commit([run.buffers[1]])
                 learner = BatchedLearner(settings.rule, tasks, self.buffer_mode)
+                if self._adapted_at_once(learner, batch, settings.steps):
+                    return learner
                 loss = TaskLoss(self.loss, tasks, each=False)
                 params = self.leaves(batch, None).losses
                 second_order = not settings.rule.first_order
@@ -215,16 +236,32 @@ class InnerLoop(nn.Module):
                     learner.adapt(loss(params, second_order, predictions, batch.y_s))
         return learner
 
+    def _adapted_at_once(self, learner: BatchedLearner, batch: Batch, steps: int) -> bool:
+        """Whether all steps of a learner could be one native call; then it has taken them."""
+        try:
+            fused = self._fused(None)
+            if fused.model.norms:  # a learner's own passes write their statistics
+                raise Unfusable("the model keeps running statistics")
+            theta = fused.run(fused.inputs(batch), steps, adapted=True).theta
+        except Unfusable as refused:
+            if self.backend == "fused":
+                raise _not_fused(str(refused)) from refused
+            return False
+        learner.put(theta)
+        return True
+
     def why_one_by_one(self) -> str | None:
         """Why the model runs task after task, as far as is known; None if it does not."""
         if self.backend == "loop":
             return "backend='loop'"
         return self._own_step() or self._refused
 
-    def why_not_fused(self) -> str | None:
-        """Why the inner loop is not one native call, as far as its tasks have no part in that."""
+    def why_not_fused(self, batch: Batch | None = None) -> str | None:
+        """Why the inner loop is not one native call; without a batch, as far as that tells."""
         try:
-            self._fused(None)
+            fused = self._fused(None)
+            if batch is not None and self.features is None:
+                fused.inputs(batch)
         except Unfusable as refused:
             return str(refused)
         return None
@@ -232,8 +269,14 @@ class InnerLoop(nn.Module):
     def _fused(self, weights: Tensor | None) -> Fused:
         """The inner loop as one native call.
 
+        Args:
+            weights: of the query losses after every step, or None.
+
+        Returns:
+            The call.
+
         Raises:
-            Unfusable: it is not.
+            Unfusable: it is not one.
         """
         if self.backend not in ("auto", "fused"):
             raise Unfusable(f"backend={self.backend!r}")
@@ -380,7 +423,8 @@ class InnerLoop(nn.Module):
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
         if (reason := self._own_step()) is not None:
             self._check_clones(reason)
-            found = clones()
+            with _all_or_nothing(self.learner, self.features):
+                found = clones()
             self._say_once(reason)
             return found
         if self.backend == "loop" or self._refused is not None:
@@ -401,6 +445,9 @@ class InnerLoop(nn.Module):
         return found
 
     def _check_clones(self, reason: str) -> None:
+        if (name := refused_by_clone(self.learner, self._options)) is not None:
+            kind = type(self.learner).__name__
+            raise ValueError(f"{name}: expected None, as {kind}.clone has no such option: {reason}")
         options = {
             "memory": (self.memory, "full"),
             "buffers": (self.buffer_mode, "shared"),
@@ -472,14 +519,13 @@ def _in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
 def _all_or_nothing(*modules: nn.Module | None) -> Iterator[None]:
     """Put buffers back if an exception comes after some tasks have changed them."""
     buffers = [b for m in modules if m is not None for b in m.buffers()]
-    before = [(b, b._version, b.detach().clone()) for b in buffers if not b.requires_grad]
+    before = [(b, b.detach().clone()) for b in buffers if not b.requires_grad]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, value in before:  # all: a native batch norm changes no version
+                buffer.copy_(value)
         raise
 
 

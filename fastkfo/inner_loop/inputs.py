@@ -40,6 +40,17 @@ class Batch(NamedTuple):
         return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
 
+def check_given(batch: Batch) -> None:
+    """Raise TypeError where support targets are missing, or lists and tensors are mixed."""
+    if batch.y_s is None:
+        raise TypeError("y_s: expected support targets [T, S, ...], got NoneType")
+    if not isinstance(batch.x_s, list):
+        for name, tree in batch._asdict().items():
+            if isinstance(tree, list):
+                got = type(batch.x_s).__name__
+                raise TypeError(f"{name}: expected no list where x_s is a {got}, got a list")
+
+
 def check_batch(batch: Batch) -> int:
     """The number of tasks of a batch.
 
@@ -108,6 +119,10 @@ def grouped(given: Batch) -> list[Group]:
                 f"{name}: expected a list of {len(given.x_s)} tasks as in x_s, at least one, "
                 f"got {len(x)}"
             )
+    for name, x in present.items():
+        for t, entry in enumerate(x):
+            if entry is None:
+                raise TypeError(f"{name}: expected a tensor [S, ...] for task {t}, got NoneType")
     groups: dict[Any, list[int]] = {}
     for t in range(len(given.x_s)):
         groups.setdefault(_signature([x[t] for x in present.values()]), []).append(t)

@@ -66,6 +66,13 @@ class BatchedLearner(nn.Module):
             self._phi = spread(self._phi, tasks)
         self._last: list[Tensor | None] | None = None
 
+    def __getattr__(self, attr: str) -> Any:
+        """The attribute of the learner, else that of the model, whose parameters are `[T, ...]`."""
+        try:
+            return super().__getattr__(attr)
+        except AttributeError:
+            return getattr(self.__dict__["_modules"]["module"], attr)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model for every task.
 
@@ -91,6 +98,10 @@ class BatchedLearner(nn.Module):
         commit([self._model.buffers])
         self._model.buffers.write_back()
         return outputs
+
+    def put(self, theta: list[Tensor]) -> None:
+        """Go on from other parameters, `[T, ...]`, as after a step."""
+        self._model.slots.put(theta)
 
     def _theta(self) -> list[Tensor]:
         params = self._model.slots.params
@@ -177,6 +188,14 @@ def check_count(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_own_adapt(learner: Any) -> None:
+    """Raise ValueError for a learner with an `adapt` of its own, which a batch would not call."""
+    base: Any = next(c for c in type(learner).__mro__ if c.__module__.startswith("fastkfo."))
+    if type(learner).adapt is not base.adapt:
+        kind = type(learner).__name__
+        raise ValueError(f"tasks: expected None, as {kind} has an 'adapt' of its own")
 
 
 def check_losses(loss: object, tasks: int) -> None:

@@ -30,7 +30,7 @@ class TaskModel:
         tasks: T.
         buffers: "shared", "frozen" or "per_task", see TaskBuffers.
         each: whether to go task after task.
-        own: for each parameter, whether every task has its own; None: those that require a gradient.
+        own: for each parameter, whether every task has its own; None: if it requires a gradient.
     """
 
     def __init__(

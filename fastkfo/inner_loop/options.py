@@ -107,9 +107,7 @@ def check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | 
         if not isinstance(weights, Sequence):
             got = type(weights).__name__
             raise TypeError(f"step_weights: expected a list of numbers or a tensor, got {got}")
-        for w in weights:
-            checks.finite("step_weights", w)
-        weights = torch.tensor(list(weights), dtype=torch.float64, device=like.device)
+        weights = _stacked(weights, like.device)
     checks.floating_tensor("step_weights", weights)
     if weights.shape != (steps,) or steps == 0:
         raise ValueError(
@@ -117,3 +115,24 @@ def check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | 
             f"got shape {list(weights.shape)}"
         )
     return weights
+
+
+def _stacked(weights: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers, or scalar tensors that may be learned, as one tensor."""
+    for w in weights:
+        if not isinstance(w, Tensor):
+            checks.finite("step_weights", w)
+        elif w.numel() != 1:
+            raise ValueError(f"step_weights: expected scalars, got shape {list(w.shape)}")
+    if any([isinstance(w, Tensor) for w in weights]):
+        rows = [w if isinstance(w, Tensor) else torch.tensor(float(w)) for w in weights]
+        return torch.stack([w.to(device, torch.float64).reshape(()) for w in rows])
+    return torch.tensor([float(w) for w in weights], dtype=torch.float64, device=device)
+
+
+def refused_by_clone(learner: Any, options: dict[str, Any]) -> str | None:
+    """The first of the options that a learner's `clone` does not take, or None."""
+    known = inspect.signature(type(learner).clone).parameters
+    if any([p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()]):
+        return None
+    return next((name for name in options if name not in known), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ class Outcome(NamedTuple):
         loss: query losses `[T]`, or None.
         predictions: of the query, `[T, Q, ...]`, detached; None without query inputs.
         support_loss: `[T, K]`, detached: the losses that were adapted to.
-        finite: `[T]`, whether a task's numbers all are.
+        finite: `[T]`, whether a task's losses all are (its predictions, without a query loss).
     """
 
     loss: Tensor | None
@@ -149,7 +150,8 @@ class Run:
         with torch.enable_grad():
             # The same kernels with and without a graph: steps that are repeated must agree.
             predictions = self.model(theta, not rule.first_order, (batch.x_s,), {})
-            loss = self.support(losses, not rule.first_order, predictions, batch.y_s)
+            with _named("loss", "y_s"):
+                loss = self.support(losses, not rule.first_order, predictions, batch.y_s)
             g = gradients(
                 loss.sum(), theta, create_graph, create_graph, rule.allow_unused, rule.allow_nograd
             )
@@ -181,7 +183,8 @@ class Run:
         if batch.y_q is None:
             return None, predictions
         own = losses if self.query is self.support else losses[self.support.count :]
-        return self.query(own, False, predictions, batch.y_q), predictions
+        with _named("loss" if self.query is self.support else "query_loss", "y_q"):
+            return self.query(own, False, predictions, batch.y_q), predictions
 
 
 class TaskLoss:
@@ -212,6 +215,18 @@ class TaskLoss:
         return found
 
 
+@contextmanager
+def _named(loss: str, targets: str) -> Iterator[None]:
+    """Errors of a loss with the names that the caller knows its arguments by."""
+    try:
+        yield
+    except ValueError as error:
+        for own, known in (("loss: ", loss), ("targets: ", targets)):
+            if str(error).startswith(own):
+                raise ValueError(f"{known}: {str(error)[len(own) :]}") from error
+        raise
+
+
 def _like(tree: Any, leaves: Sequence[Any]) -> Any:
     return tree_unflatten(list(leaves), tree_flatten(tree)[1])
 
@@ -221,7 +236,12 @@ def outcome(
 ) -> Outcome:
     """Put together what a run has given."""
     detached = map_tensors(lambda x: x.detach(), predictions)
-    losses = torch.stack(support, 1) if support else like.new_zeros(tasks, 0)
+    if support:
+        losses = torch.stack(support, 1)
+    else:
+        kind = loss if loss is not None else like
+        dtype = kind.dtype if kind.is_floating_point() else torch.get_default_dtype()
+        losses = like.new_zeros(tasks, 0, dtype=dtype)
     seen = [x for x in (loss, losses) if x is not None and x.numel()]
     if loss is None and predictions is not None:
         seen += [x for x in tree_leaves(detached) if isinstance(x, Tensor)]

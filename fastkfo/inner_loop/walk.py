@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkfo.inner_loop.ambience import Ambience
+from fastkfo.inner_loop.containment import Contained
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.run import Outcome, Run, State, outcome
@@ -25,12 +26,20 @@ def unrolled(run: Run, leaves: Leaves, batch: Batch) -> tuple[Outcome, State]:
         support.append(loss)
         if run.weighted:
             query, predictions = run.ask(state.theta, leaves.losses, batch)
-            queries.append(leaves.weights[0][k] * query)
+            queries.append(_weighted(leaves.weights[0][k], query))
     if run.weighted:
         total = torch.stack(queries).sum(0)
     else:
         total, predictions = run.ask(state.theta, leaves.losses, batch)
     return outcome(total, predictions, support, run.tasks, leaves.data[0]), state
+
+
+def _weighted(weight: Tensor, query: Tensor) -> Tensor:
+    """A step's weight, which all tasks share, times their query losses."""
+    contained = Contained(query.shape[0])
+    (entered,) = contained.enter([query])
+    assert entered is not None
+    return contained.leave([weight * entered])[0]
 
 
 class Walk:

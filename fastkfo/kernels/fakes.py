@@ -11,6 +11,8 @@ from torch import Tensor
 
 GRAD, LEFT, RIGHT, BIAS, SCALE, COTANGENT = 1, 2, 4, 8, 16, 32
 
+_BATCH_NORM = 8  # its number in csrc/inner_loop/plan.h
+
 _negative: torch.library.Library | None = None  # its kernels last as long as it does
 
 
@@ -24,7 +26,7 @@ def register() -> None:
             _negative.impl(name, partial(_without_negative_views, name), "Negative")
         for name in (
             "gram", "gram_vjp", "gram_jvp", "cross_entropy", "cross_entropy_double_backward",
-            "inner_loop_forward", "inner_loop_backward",
+            "inner_loop_forward", "inner_loop_gradient", "inner_loop_backward",
         ):  # fmt: skip
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
 
@@ -104,7 +106,9 @@ def _inner_loop_forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     tasks, classes = x_s.shape[0], layers[-3]
     batch_norm = 8  # its number in csrc/inner_loop/plan.h
-    statistics = sum([2 * layers[k + 1] for k in range(0, len(layers), 5) if layers[k] == batch_norm])
+    statistics = sum(
+        [2 * layers[k + 1] for k in range(0, len(layers), 5) if layers[k] == batch_norm]
+    )
     asked = x_q is not None and y_q is not None
     outputs = [
         x_s.new_empty(tasks if asked else 0),
@@ -131,3 +135,16 @@ def _inner_loop_backward(  # type: ignore[no-untyped-def]
         if mask & (1 << bit)
     ]
     return outputs + [_empty(x) for x, w in ((x_s, want_x_s), (x_q, want_x_q)) if w]
+
+
+def _inner_loop_gradient(  # type: ignore[no-untyped-def]
+    theta, left, right, bias, scale, x_s, y_s, x_q, y_q, layers, constants, alpha, steps, loss,
+    query_loss, psd, first_order, wanted, want_x_s, want_x_q,
+):  # fmt: skip
+    operands = (theta, left, right, bias, scale, x_s, y_s, x_q, y_q)
+    rest = (layers, constants, alpha, steps, loss, query_loss, psd)
+    options = (first_order, wanted, want_x_s, want_x_q)
+    return [
+        *_inner_loop_forward(*operands, None, *rest, False),
+        *_inner_loop_backward(None, [], *operands, None, *rest, *options),
+    ]

@@ -125,9 +125,11 @@ def inner_loop(
     seen: list[list[Tensor]] = []
     for _ in range(steps):
         with torch.enable_grad():
-            point = [p if p.requires_grad else p.detach().requires_grad_() for p in now]
-            losses = value(loss, forward(layers, point, x_s, seen), y_s)
             graph = create_graph and not first_order
+            point = [
+                p if create_graph and p.requires_grad else p.detach().requires_grad_() for p in now
+            ]
+            losses = value(loss, forward(layers, point, x_s, seen), y_s)
             grads = torch.autograd.grad(losses.sum(), point, create_graph=graph)
         support.append(losses.detach())
         now = [
