@@ -20,12 +20,12 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 LEARN2LEARN := .cache/learn2learn-0.2.0
 LEARN2LEARN_SHA256 := 69f1d7cb0d0a6be7a2c6ad8e83e2ebbe70fb05e51d61e45e63078b40c75ea419
 
-.PHONY: help demo test bench lint format gpu clean
+.PHONY: help demo test bench lint format sanitize gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make demo | test | bench | lint | format | gpu OUT=folder | clean    (TORCH=$(TORCH))"
+	@echo "make demo | test | bench | lint | format | sanitize | gpu OUT=folder | clean    (TORCH=$(TORCH))"
 
 demo: $(VENV)/.stamp-demo $(NATIVE)
 	$(ACTIVATE) fastkfo demo $(DEMO_ARGS)
@@ -51,6 +51,10 @@ format: $(VENV)/.stamp-dev
 	$(ACTIVATE) ruff check --fix
 	$(ACTIVATE) ruff format
 	$(ACTIVATE) clang-format -i $(CXX_FILES)
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.stamp-test
+	$(ACTIVATE) bash tests/sanitize.sh $(PYTEST_ARGS)
 
 # On a CUDA machine without a network: the system's python, nothing downloaded.
 gpu:
