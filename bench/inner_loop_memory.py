@@ -32,14 +32,15 @@ def case(workload: str, tasks: int, steps: int, options: dict[str, Any]) -> dict
     """Peak memory of one meta-gradient, and what it takes to tell what that is made of."""
     import fastkfo
     from bench import memory
-    from bench.problem import Problem, clear_gradients
+    from bench.problem import Learned, Problem
 
     problem = Problem.named(workload, "kfo", tasks=tasks, steps=steps)
     learner: Any = problem.learner(fastkfo)
     inner_loop = fastkfo.InnerLoop(learner, problem.loss, steps, **options)
+    learned = Learned(None, learner)
 
     def run() -> None:
-        clear_gradients(None, learner)
+        learned.clear()
         inner_loop(*problem.data).loss.sum().backward()
 
     run()

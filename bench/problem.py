@@ -188,18 +188,27 @@ def named_parameters(
     yield from learner.named_parameters()
 
 
-def clear_gradients(features: nn.Module | None, learner: nn.Module) -> None:
-    """Lets go of what lies in `.grad`."""
-    for _, p in named_parameters(features, learner):
-        p.grad = None
+class Learned:
+    """The learned tensors, looked up once: walking modules would cost more than small problems.
 
+    Args:
+        features: the feature extractor, or None.
+        learner: the learner.
+    """
 
-def gradient_of(features: nn.Module | None, learner: nn.Module) -> Gradient:
-    """What lies in `.grad`; zeros where nothing does."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in named_parameters(features, learner)
-    }
+    def __init__(self, features: nn.Module | None, learner: nn.Module) -> None:
+        self._tensors = list(named_parameters(features, learner))
+
+    def clear(self) -> None:
+        """Lets go of what lies in `.grad`."""
+        for _, p in self._tensors:
+            p.grad = None
+
+    def gradient(self) -> Gradient:
+        """What lies in `.grad`; zeros where nothing does."""
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self._tensors
+        }
 
 
 def known(what: str, name: str, names: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fastkfo
 from bench.peers.base import InProcess, Whole
-from bench.problem import Gradient, Problem, clear_gradients, gradient_of
+from bench.problem import Gradient, Learned, Problem
 
 
 class Batched(Whole):
@@ -17,18 +17,19 @@ class Batched(Whole):
 
     def prepare(self, problem: Problem) -> InProcess:
         learner = problem.learner(fastkfo)
+        learned = Learned(None, learner)
         per_task = fastkfo.per_task(problem.loss)
         x_s, y_s, x_q, y_q = problem.data
 
         def run() -> Gradient:
-            clear_gradients(None, learner)
+            learned.clear()
             clone = learner.clone(tasks=problem.tasks)
             for _ in range(problem.steps):
                 clone.adapt(per_task(clone(x_s), y_s))
             per_task(clone(x_q), y_q).sum().backward()
-            return gradient_of(None, learner)
+            return learned.gradient()
 
-        return InProcess(run, problem.device, release=lambda: clear_gradients(None, learner))
+        return InProcess(run, problem.device, release=learned.clear)
 
 
 PEER = Batched()

@@ -9,10 +9,10 @@ from torch import nn
 
 from bench.peers.learn2learn_peer import seen
 from bench.peers.maml_only import MamlOnly
-from bench.problem import Gradient, Problem, gradient_of
+from bench.problem import Problem
 
 
-def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient:
+def loop(problem: Problem, features: nn.Module | None, learner: Any) -> None:
     """A copy per task is adapted, whose first parameters are the learner's."""
     import higher
 
@@ -24,7 +24,6 @@ def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient
             for _ in range(problem.steps):
                 step.step(problem.loss(copy(x_s), y_s))
             problem.loss(copy(x_q), y_q).backward()
-    return gradient_of(features, learner)
 
 
 PEER = MamlOnly("higher", loop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fastkfo
 from bench.peers.base import InProcess, Whole
-from bench.problem import Gradient, Problem, clear_gradients, gradient_of
+from bench.problem import Gradient, Learned, Problem
 
 
 class InnerLoop(Whole):
@@ -12,14 +12,15 @@ class InnerLoop(Whole):
 
     def prepare(self, problem: Problem) -> InProcess:
         features, learner = problem.features(), problem.learner(fastkfo)
+        learned = Learned(features, learner)
         inner_loop = fastkfo.InnerLoop(learner, problem.loss, problem.steps, features=features)
 
         def run() -> Gradient:
-            clear_gradients(features, learner)
+            learned.clear()
             inner_loop(*problem.data).loss.sum().backward()
-            return gradient_of(features, learner)
+            return learned.gradient()
 
-        return InProcess(run, problem.device, release=lambda: clear_gradients(features, learner))
+        return InProcess(run, problem.device, release=learned.clear)
 
 
 PEER = InnerLoop()

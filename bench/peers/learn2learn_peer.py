@@ -8,19 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers.base import InProcess
-from bench.problem import Gradient, Problem, clear_gradients, gradient_of
+from bench.problem import Gradient, Learned, Problem
 
 
-def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient:
+def loop(problem: Problem, features: nn.Module | None, learner: Any) -> None:
     """One task after the other; the gradients of the sum of the query losses."""
-    clear_gradients(features, learner)
     for x_s, y_s, x_q, y_q in zip(*problem.data, strict=True):
         x_s, x_q = seen(features, x_s, x_q)
         clone = learner.clone()
         for _ in range(problem.steps):
             clone.adapt(problem.loss(clone(x_s), y_s))
         problem.loss(clone(x_q), y_q).backward()
-    return gradient_of(features, learner)
 
 
 def seen(features: nn.Module | None, x_s: Tensor, x_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,11 +32,14 @@ def seen(features: nn.Module | None, x_s: Tensor, x_q: Tensor) -> tuple[Tensor, 
 def prepared(problem: Problem, l2l: Any) -> InProcess:
     """The loop on one library."""
     features, learner = problem.features(), problem.learner(l2l)
-    return InProcess(
-        lambda: loop(problem, features, learner),
-        problem.device,
-        release=lambda: clear_gradients(features, learner),
-    )
+    learned = Learned(features, learner)
+
+    def run() -> Gradient:
+        learned.clear()
+        loop(problem, features, learner)
+        return learned.gradient()
+
+    return InProcess(run, problem.device, release=learned.clear)
 
 
 class Learn2learn:

@@ -10,9 +10,9 @@ from torch import nn
 
 import fastkfo
 from bench.peers.base import InProcess
-from bench.problem import Gradient, Problem, clear_gradients
+from bench.problem import Gradient, Learned, Problem
 
-Loop = Callable[[Problem, nn.Module | None, Any], Gradient]
+Loop = Callable[[Problem, nn.Module | None, Any], None]
 
 
 class MamlOnly:
@@ -39,9 +39,11 @@ class MamlOnly:
 
     def prepare(self, problem: Problem) -> InProcess:
         features, learner = problem.features(), problem.learner(fastkfo)
+        learned = Learned(features, learner)
 
         def run() -> Gradient:
-            clear_gradients(features, learner)
-            return self._loop(problem, features, learner)
+            learned.clear()
+            self._loop(problem, features, learner)
+            return learned.gradient()
 
-        return InProcess(run, problem.device, release=lambda: clear_gradients(features, learner))
+        return InProcess(run, problem.device, release=learned.clear)

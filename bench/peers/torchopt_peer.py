@@ -8,10 +8,10 @@ from torch import nn
 
 from bench.peers.learn2learn_peer import seen
 from bench.peers.maml_only import MamlOnly
-from bench.problem import Gradient, Problem, gradient_of
+from bench.problem import Problem
 
 
-def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient:
+def loop(problem: Problem, features: nn.Module | None, learner: Any) -> None:
     """The module itself is adapted, and put back after each task."""
     import torchopt
 
@@ -24,7 +24,6 @@ def loop(problem: Problem, features: nn.Module | None, learner: Any) -> Gradient
             optimizer.step(problem.loss(model(x_s), y_s))
         problem.loss(model(x_q), y_q).backward()
         torchopt.recover_state_dict(model, start)
-    return gradient_of(features, learner)
 
 
 PEER = MamlOnly("torchopt", loop)
