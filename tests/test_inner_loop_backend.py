@@ -180,6 +180,23 @@ def test_inputs_of_more_axes_are_flattened():
     torch.testing.assert_close(*losses)
 
 
+def test_the_networks_of_the_package():
+    """Whose parameters do not lie in the order of the forward pass."""
+    x = torch.randn(2, 3, 5, 1, 4, 4, dtype=torch.float64)
+    y = torch.arange(5).expand(3, 5) % 3
+    model = fastkfo.vision.models.OmniglotFC(16, 3, sizes=[7, 6]).double()
+    ours = GBML(model, transform=kronecker(True), lr=0.1)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    found = []
+    for backend in ("fused", "batched"):
+        learner = copy.deepcopy(ours)
+        inner_loop = InnerLoop(learner, F.cross_entropy, 3, backend=backend)
+        found.append(outcome(inner_loop, (x[0], y, x[1], y)))
+    same(*found)
+
+
 CHANGES = {
     "rate": lambda il: setattr(il.learner, "lr", 0.3),
     "order": lambda il: setattr(il.learner, "first_order", True),

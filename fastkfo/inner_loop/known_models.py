@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastkfo import nn as fnn
 from fastkfo.optim.recognise import global_hooks, is_plain
 from fastkfo.reference.inner_loop import Layer
+from fastkfo.utils import ParameterSlots
 
 
 class Unfusable(Exception):
@@ -37,6 +38,18 @@ _NAMES: dict[type, str] = {
 }  # fmt: skip
 
 
+# Modules of this package and of learn2learn by what their forward calls, in order.
+_COMPOSITES: dict[str, tuple[str, ...]] = {
+    "vision.models.cnn4.LinearBlock": ("linear", "normalize", "relu"),
+    "vision.models.cnn4.OmniglotFC": ("features", "classifier"),
+}
+
+
+def _known_name(kind: type) -> str | None:
+    package, _, rest = f"{kind.__module__}.{kind.__qualname__}".partition(".")
+    return rest if package in ("fastkfo", "learn2learn") else None
+
+
 class _Reader:
     """Reads a module layer by layer."""
 
@@ -59,15 +72,24 @@ class _Reader:
             for key, child in module._modules.items():
                 self.read(f"{name}.{key}" if name else key, child)
             return
+        parts = _COMPOSITES.get(_known_name(kind) or "")
+        if parts is not None:
+            for key in parts:
+                self.read(f"{name}.{key}" if name else key, module._modules[key])
+            return
         self.position += 1
         if kind is nn.Linear:
             self._linear(name, module)
         elif kind in (nn.BatchNorm1d, nn.LayerNorm):
             self._norm(name, module)
-        elif kind is fnn.Flatten or (
-            isinstance(module, nn.Flatten)
-            and kind is nn.Flatten
-            and (module.start_dim, module.end_dim) == (1, -1)
+        elif (
+            kind is fnn.Flatten
+            or _known_name(kind) == "nn.misc.Flatten"
+            or (
+                isinstance(module, nn.Flatten)
+                and kind is nn.Flatten
+                and (module.start_dim, module.end_dim) == (1, -1)
+            )
         ):
             self.flat = self.flat or not self.layers
         elif isinstance(module, (nn.Identity, nn.Dropout)) and kind in (nn.Identity, nn.Dropout):
@@ -158,4 +180,14 @@ def read_model(module: nn.Module) -> Model:
     reader.read("", module)
     if reader.width is None or not reader.theta:
         raise Unfusable("the model has no layer with parameters")
-    return Model(tuple(reader.layers), reader.theta, reader.norms, reader.flat)
+    # Layers come in the order of the forward pass, parameters in that of the module.
+    theta = ParameterSlots(module).params
+    if len(theta) != len(reader.theta):
+        raise Unfusable("the model has parameters that its layers do not use")
+    place = {id(p): i for i, p in enumerate(theta)}
+    index = [place[id(p)] for p in reader.theta] + [-1]
+    layers = [
+        layer._replace(weight=index[layer.weight], bias=index[layer.bias])
+        for layer in reader.layers
+    ]
+    return Model(tuple(layers), theta, reader.norms, reader.flat)
