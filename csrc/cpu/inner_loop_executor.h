@@ -215,6 +215,9 @@ struct Executor {
                                                  int64_t ld_c, S alpha, const S* from) {
     constexpr int bytes = FASTKFO_VECTOR_BYTES, mr = FASTKFO_TILE_ROWS;
     constexpr int width = Vector<bytes>::width;
+    if constexpr (bytes > 16)  // a few samples: half a vector takes half the time
+      if (2 * columns <= width)
+        return panel<bytes / 2, mr, 1>(rows, inner, a, b, ld_b, c, ld_c, alpha, from);
     int64_t vectors = (columns + width - 1) / width;
     while (vectors > 0) {  // panels of equal size: 4 vectors are 2 + 2, not 3 + 1
       const int64_t panels = (vectors + 2) / 3, now = (vectors + panels - 1) / panels;

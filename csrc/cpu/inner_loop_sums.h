@@ -11,7 +11,8 @@
 namespace fastkfo::cpu {
 
 constexpr int64_t kTasksPerPart = 2;
-constexpr int64_t kMostParts = 64;
+constexpr int64_t kMostParts = 64, kMostLargeParts = 8;
+constexpr int64_t kLarge = 1 << 18;  // numbers; many parts of that size would leave the cache
 
 template <class S>
 void take_rows(const S* from, int64_t ld, int64_t rows, int64_t columns, S* to) {
@@ -89,8 +90,8 @@ class Sums {
         out.part = part_size_;
         part_size_ += out.size();
       }
-    parts_ =
-        std::clamp<int64_t>((prepared.tasks + kTasksPerPart - 1) / kTasksPerPart, 1, kMostParts);
+    const int64_t most = part_size_ > kLarge ? kMostLargeParts : kMostParts;
+    parts_ = std::clamp<int64_t>((prepared.tasks + kTasksPerPart - 1) / kTasksPerPart, 1, most);
     memory_.reset(new S[std::max<int64_t>(1, parts_ * part_size_)]);
   }
   int64_t parts() const { return parts_; }
