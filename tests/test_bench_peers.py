@@ -7,7 +7,7 @@ import torch
 
 import fastkfo
 from bench import gate, replay, row
-from bench.peers import BY_DEFAULT, NAMES, base, learn2learn_peer, maml_only, peer
+from bench.peers import BY_DEFAULT, NAMES, learn2learn_peer, maml_only, peer
 from bench.problem import Problem, named_parameters
 from bench.workloads import METHODS, WORKLOADS
 
@@ -97,7 +97,7 @@ class Transposed:
         with torch.no_grad():
             left = next(p for n, p in named_parameters(None, learner) if n.endswith("left"))
             left.copy_(left.T.clone())
-        return base.InProcess(lambda: learn2learn_peer.loop(problem, None, learner), problem.device)
+        return learn2learn_peer.around(problem, None, learner)
 
 
 def read_with(monkeypatch, wrong, method):

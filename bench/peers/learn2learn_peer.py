@@ -31,7 +31,11 @@ def seen(features: nn.Module | None, x_s: Tensor, x_q: Tensor) -> tuple[Tensor, 
 
 def prepared(problem: Problem, l2l: Any) -> InProcess:
     """The loop on one library."""
-    features, learner = problem.features(), problem.learner(l2l)
+    return around(problem, problem.features(), problem.learner(l2l))
+
+
+def around(problem: Problem, features: nn.Module | None, learner: Any) -> InProcess:
+    """The loop around a learner."""
     learned = Learned(features, learner)
 
     def run() -> Gradient:
