@@ -9,24 +9,39 @@
 // docs/inner_loop.md has the derivation.
 #pragma once
 
-#include "inner_loop/losses.h"
-#include "inner_loop/parameters.h"
+#include "inner_loop/places.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
 template <class Exec>
-class Task {
+class Task : private Places<Exec> {
+  using P = Places<Exec>;
   using S = typename Exec::Number;
-  Exec& ex;
-  const Plan& plan;
-  const Blocks<S>& blocks;
-  const Work<S>& scratch;
-  S* tape;
+  using P::block;
+  using P::blocks;
+  using P::ex;
+  using P::gradients;
+  using P::lambda_of;
+  using P::norm;
+  using P::operands;
+  using P::plan;
+  using P::scratch;
+  using P::scratch_row;
+  using P::span;
+  using P::sums_inputs;
+  using P::support_record;
+  using P::tangent_span;
+  using P::tape;
+  using P::theta;
+  using P::theta_after;
+  using P::v_of;
+  using P::weight_step;
+  using P::x;
 
  public:
   FASTKFO_FN Task(Exec& exec, const Plan& all, const Blocks<S>& operands, const Work<S>& room,
                   S* memory)
-      : ex(exec), plan(all), blocks(operands), scratch(room), tape(memory) {}
+      : P(exec, all, operands, room, memory) {}
 
   FASTKFO_FN void forward(const Data<S>& data, const Results<S>& to) {
     take_support(data.x_s);
@@ -88,105 +103,6 @@ class Task {
   }
 
  private:
-  // Where things are.
-  FASTKFO_FN S* x() const { return tape + plan.x; }
-  FASTKFO_FN S* support_record(int k) const {
-    return tape + plan.records + (plan.keep ? k * plan.support.size : 0);
-  }
-  FASTKFO_FN const S* block(bool own) const { return own ? blocks.own : blocks.shared; }
-  FASTKFO_FN S* theta_after(int k) const {  // k >= 1
-    return tape + plan.thetas + (plan.keep ? k - 1 : k % 2) * plan.theta;
-  }
-  FASTKFO_FN const S* theta(int k, const Param& p) const {
-    return (k == 0 ? block(p.own[0]) : theta_after(k)) + p.at;
-  }
-  FASTKFO_FN const S* theta(int k, int index) const {
-    return index < 0 ? nullptr : theta(k, plan.param[index]);
-  }
-  FASTKFO_FN S* v_of(int index) const {
-    return index < 0 ? nullptr : scratch.v + plan.param[index].at;
-  }
-  FASTKFO_FN S* lambda_of(int index) const {
-    return index < 0 ? nullptr : scratch.gradients + plan.param[index].at;
-  }
-  FASTKFO_FN Operands<S> operands(const Param& p) const {
-    const int64_t pad = Exec::kPad;
-    const auto at = [&](bool there, int which, int64_t place) -> const S* {
-      return there ? block(p.own[which]) + place : nullptr;
-    };
-    return {at(p.left, 1, p.a),         at(p.left, 1, p.a_t), at(p.right, 2, p.c),
-            at(p.bias, 3, p.beta),      at(p.scale, 4, p.s),  (p.n + pad - 1) / pad * pad,
-            (p.m + pad - 1) / pad * pad};
-  }
-  FASTKFO_FN Gradients<S> gradients(const Param& p) const {
-    S* g = scratch.gradients;
-    const auto at = [&](int64_t bit, int64_t place) -> S* {
-      return p.wanted & bit ? g + place : nullptr;
-    };
-    return {g + p.at, at(kLeft, p.g_a), at(kRight, p.g_c), at(kBias, p.g_beta), at(kScale, p.g_s)};
-  }
-  // keeps: what the cotangents d are in, the record itself or another one
-  FASTKFO_FN Span<S> span(const Pass& pass, const S* x0, S* record, S* cotangents, int l) const {
-    const Slots* s = pass.slots;
-    return {pass.samples,
-            pass.ld,
-            l == 0 ? x0 : record + s[l].a,
-            l + 1 < plan.layers ? record + s[l + 1].a : record + pass.out,
-            l == 0 ? nullptr : cotangents + s[l - 1].d,
-            cotangents + s[l].d,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr};
-  }
-  FASTKFO_FN Span<S> tangent_span(const S* record, int l) const {
-    Span<S> at = span(plan.support, x(), const_cast<S*>(record), const_cast<S*>(record), l);
-    const Slots* s = plan.support.slots;
-    S* along = scratch.record;
-    at.x_t = l == 0 ? nullptr : along + s[l].a;
-    at.y_t = l + 1 < plan.layers ? along + s[l + 1].a : along + plan.support.out;
-    at.d_x_t = l > 0            ? along + s[l - 1].d
-               : !plan.want_x_s ? nullptr
-               : sums_inputs()  ? scratch.x_s_grad
-                                : scratch.room.cols_in;
-    at.d_y_t = along + s[l].d;
-    return at;
-  }
-  // Whether the first layer adds to the gradient of the inputs by itself.
-  FASTKFO_FN bool sums_inputs() const { return plan.layer[0].kind == kLinear; }
-  template <bool BATCH>
-  FASTKFO_FN Norm<Exec, BATCH> norm(const Layer& layer, const Span<S>& at, const S* record,
-                                    const Slots& slots, int k) const {
-    S* mutable_record = const_cast<S*>(record);
-    const int64_t row = scratch_row();
-    return {ex,
-            layer,
-            at,
-            mutable_record + slots.hat,
-            mutable_record + slots.inv,
-            theta(k, layer.weight),
-            theta(k, layer.bias),
-            scratch.lanes,
-            scratch.lanes + row};
-  }
-  FASTKFO_FN int64_t scratch_row() const { return plan.lanes; }
-  FASTKFO_FN WeightStep<S> weight_step(const S* record, int l) const {
-    const Layer& layer = plan.layer[l];
-    const Param& p = plan.param[layer.weight];
-    const Slots& s = plan.support.slots[l];
-    const S* q = l == 0 ? tape + plan.q0 : record + s.q;
-    return {plan.support.samples,
-            plan.support.ld,
-            l == 0 ? x() : record + s.a,
-            l == 0    ? tape + plan.x_rows
-            : p.right ? scratch.record + s.rows
-                      : q,
-            record + s.d,
-            record + (p.left ? s.p : s.d),
-            q,
-            l == 0 ? tape + plan.q0_t : nullptr};
-  }
-
   // Data in and out.
   // rows [samples, pad(in)] and to [in, ld], padded with zeros
   FASTKFO_FN void take_features(const S* from, const Pass& pass, S* rows, S* to) {
@@ -230,10 +146,10 @@ class Task {
         Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.forward(theta(k, layer.weight),
                                                                          theta(k, layer.bias));
       } else if (layer.kind == kBatchNorm) {
-        norm<true>(layer, at, record, pass.slots[l], k).forward(statistics);
+        this->template norm<true>(layer, at, record, pass.slots[l], k).forward(statistics);
         if (statistics) statistics += 2 * layer.in;
       } else if (layer.kind == kLayerNorm) {
-        norm<false>(layer, at, record, pass.slots[l], k).forward(nullptr);
+        this->template norm<false>(layer, at, record, pass.slots[l], k).forward(nullptr);
       } else {
         Activation<Exec>{ex, layer, at}.forward();
       }
@@ -253,9 +169,9 @@ class Task {
       if (layer.kind == kLinear)
         Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.backward(theta(k, layer.weight));
       else if (layer.kind == kBatchNorm)
-        norm<true>(layer, at, record, pass.slots[l], k).backward();
+        this->template norm<true>(layer, at, record, pass.slots[l], k).backward();
       else if (layer.kind == kLayerNorm)
-        norm<false>(layer, at, record, pass.slots[l], k).backward();
+        this->template norm<false>(layer, at, record, pass.slots[l], k).backward();
       else
         Activation<Exec>{ex, layer, at}.scaled_by_derivative(at.d_y, at.d_x);
     }
@@ -270,9 +186,9 @@ class Task {
         ex.sum_rows(layer.out, pass.samples, pass.ld, g_b,
                     [=](int64_t, int64_t i) { return d[i]; });
     } else if (layer.kind == kBatchNorm) {
-      norm<true>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
+      this->template norm<true>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
     } else if (layer.kind == kLayerNorm) {
-      norm<false>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
+      this->template norm<false>(layer, at, record, pass.slots[l], k).gradients(g_w, g_b);
     }
   }
 
@@ -382,10 +298,10 @@ class Task {
         const Param& p = plan.param[layer.weight];
         Linear<Exec>{ex, layer, at, p.ld}.forward_tangent(theta(k, p), v_of(layer.bias));
       } else if (layer.kind == kBatchNorm) {
-        norm<true>(layer, at, record, s, k)
+        this->template norm<true>(layer, at, record, s, k)
             .forward_tangent(v_of(layer.weight), v_of(layer.bias), along + s.hat);
       } else if (layer.kind == kLayerNorm) {
-        norm<false>(layer, at, record, s, k)
+        this->template norm<false>(layer, at, record, s, k)
             .forward_tangent(v_of(layer.weight), v_of(layer.bias), along + s.hat);
       } else if (at.x_t) {
         Activation<Exec>{ex, layer, at}.scaled_by_derivative(at.x_t, at.y_t);
@@ -438,7 +354,7 @@ class Task {
   FASTKFO_FN void norm_tangent(const S* record, const Span<S>& at, int l, int k) {
     const Layer& layer = plan.layer[l];
     const Slots& s = plan.support.slots[l];
-    const auto layer_norm = norm<BATCH>(layer, at, record, s, k);
+    const auto layer_norm = this->template norm<BATCH>(layer, at, record, s, k);
     S* hat_t = scratch.record + s.hat;
     S* more = scratch.lanes + 2 * scratch_row();
     if (at.d_x_t) layer_norm.backward_tangent(v_of(layer.weight), hat_t, more);

@@ -244,3 +244,9 @@ def commit(parts: Sequence[TaskBuffers], order: Tensor | None = None) -> None:
             if passes and not counter.folded:
                 with torch.no_grad():
                     counter.original.add_(passes * part.tasks)
+
+
+def commit_all(parts: Sequence[Sequence[TaskBuffers]], order: Tensor | None) -> None:
+    """`commit` for every model of every part: the learner's, the feature extractor's."""
+    for of_one_model in zip(*parts, strict=True):
+        commit(of_one_model, order)

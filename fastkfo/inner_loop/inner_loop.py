@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,17 @@ from torch import Tensor, nn
 
 from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
-from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit
+from fastkfo.inner_loop.at_once import adapted_at_once, at_once, fused_of, in_one_call
+from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit, commit_all
 from fastkfo.inner_loop.clones import by_clones
-from fastkfo.inner_loop.fused import Fused
-from fastkfo.inner_loop.inputs import Batch, Group, check_batch, check_given, grouped
+from fastkfo.inner_loop.guards import all_or_nothing, normal_mode
+from fastkfo.inner_loop.inputs import (
+    Batch,
+    Group,
+    check_batch,
+    check_given,
+    grouped,
+)
 from fastkfo.inner_loop.known_models import Unfusable
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
 from fastkfo.inner_loop.leaves import Leaves
@@ -30,12 +36,14 @@ from fastkfo.inner_loop.options import (
     refused_by_clone,
     rule_of,
 )
-from fastkfo.inner_loop.pieces import run_pieces, together
+from fastkfo.inner_loop.pieces import in_order, run_pieces
 from fastkfo.inner_loop.remembered import Remembered
 from fastkfo.inner_loop.run import Outcome, Run, Settings, TaskLoss
-from fastkfo.inner_loop.trees import map_tensors
 
 BACKENDS = ("auto", "fused", "batched", "loop")
+
+Parts = list[list[TaskBuffers]]
+Way = Callable[[], tuple[Outcome, Parts]]
 
 
 class InnerLoop(nn.Module):
@@ -119,7 +127,7 @@ class InnerLoop(nn.Module):
             "allow_unused": allow_unused,
             "allow_nograd": allow_nograd,
         }
-        self._options = learner_options(learner, given)
+        self.options = learner_options(learner, given)
         check_count("steps", steps, 0)
         check_choice("memory", memory, memory_modes.MODES)
         check_choice("buffers", buffers, task_buffers.MODES)
@@ -141,9 +149,9 @@ class InnerLoop(nn.Module):
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
         self._said = False
-        self._remembered = Remembered()
+        self.remembered = Remembered()
         if backend == "fused" and (reason := self.why_not_fused()):
-            raise _not_fused(reason)
+            raise Unfusable(reason).as_error()
 
     def forward(
         self,
@@ -184,14 +192,14 @@ class InnerLoop(nn.Module):
             raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
         check_given(given)
         if type(x_s) is Tensor and step_weights is None:
-            found = self._at_once(given, steps)
+            found = at_once(self, given, steps)
             if found is not None:
                 return found
         groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
         counts = [check_batch(group.batch) for group in groups]
         settings = self.settings(steps)
         weights = check_weights(step_weights, settings.steps, y_q, groups[0].batch)
-        with _normal_mode():
+        with normal_mode():
             if isinstance(x_s, list):
                 return self._listed(settings, groups, weights)
             return self._stacked(settings, given, counts[0], weights)
@@ -215,10 +223,10 @@ class InnerLoop(nn.Module):
         batch = Batch(x_s, y_s)
         check_given(batch)
         tasks = check_batch(batch)
-        if reason := self._own_step():
+        if reason := self.own_step():
             raise ValueError(f"learner: expected one that can be batched, got one where {reason}")
         settings = self.settings(steps)
-        with _normal_mode():
+        with normal_mode():
             batch = self._normal(batch)
             with torch.enable_grad():
                 if self.features is not None:
@@ -226,7 +234,7 @@ class InnerLoop(nn.Module):
                     batch = run.featured(self.leaves(batch, None))
                     commit([run.buffers[1]])
                 learner = BatchedLearner(settings.rule, tasks, self.buffer_mode)
-                if self._adapted_at_once(learner, batch, settings.steps):
+                if adapted_at_once(self, learner, batch, settings.steps):
                     return learner
                 loss = TaskLoss(self.loss, tasks, each=False)
                 params = self.leaves(batch, None).losses
@@ -236,86 +244,28 @@ class InnerLoop(nn.Module):
                     learner.adapt(loss(params, second_order, predictions, batch.y_s))
         return learner
 
-    def _adapted_at_once(self, learner: BatchedLearner, batch: Batch, steps: int) -> bool:
-        """Whether all steps of a learner could be one native call; then it has taken them."""
-        try:
-            fused = self._fused(None)
-            if fused.model.norms:  # a learner's own passes write their statistics
-                raise Unfusable("the model keeps running statistics")
-            theta = fused.run(fused.inputs(batch), steps, adapted=True).theta
-        except Unfusable as refused:
-            if self.backend == "fused":
-                raise _not_fused(str(refused)) from refused
-            return False
-        learner.put(theta)
-        return True
-
     def why_one_by_one(self) -> str | None:
         """Why the model runs task after task, as far as is known; None if it does not."""
         if self.backend == "loop":
             return "backend='loop'"
-        return self._own_step() or self._refused
+        return self.own_step() or self._refused
 
     def why_not_fused(self, batch: Batch | None = None) -> str | None:
         """Why the inner loop is not one native call; without a batch, as far as that tells."""
         try:
-            fused = self._fused(None)
+            fused = fused_of(self, None)
             if batch is not None and self.features is None:
                 fused.inputs(batch)
         except Unfusable as refused:
             return str(refused)
         return None
 
-    def _fused(self, weights: Tensor | None) -> Fused:
-        """The inner loop as one native call.
-
-        Args:
-            weights: of the query losses after every step, or None.
-
-        Returns:
-            The call.
-
-        Raises:
-            Unfusable: it is not one.
-        """
-        if self.backend not in ("auto", "fused"):
-            raise Unfusable(f"backend={self.backend!r}")
-        if self.memory != "full" or self.chunk_size is not None or weights is not None:
-            raise Unfusable("memory, chunk_size or step_weights ask for another path")
-        fused = self._remembered.get(self.learner, self.loss, self.query_loss)
-        if fused is None:
-            if reason := self._own_step():
-                raise Unfusable(reason)
-            rule = rule_of(self.learner, self._options)
-            fused = Fused(rule, self.loss, self.query_loss)
-            self._remembered.keep(self.learner, fused)
-        return fused
-
-    def _at_once(self, batch: Batch, steps: int | None) -> Outcome | None:
-        """All of it without a detour, for the plainest of inputs; None for anything else."""
-        if self.features is not None or torch.is_inference_mode_enabled():
-            return None
-        if steps is not None:
-            check_count("steps", steps, 0)
-        try:
-            fused = self._fused(None)
-            batch = fused.inputs(batch)
-            if not _is_one_batch(batch):
-                return None
-            found, parts = fused.outcome(
-                batch, self.steps if steps is None else steps, self.buffer_mode
-            )
-        except Unfusable:
-            return None
-        commit(parts)
-        return found
-
     def settings(self, steps: int | None = None) -> Settings:
         """What does not change from task to task."""
         if steps is not None:
             check_count("steps", steps, 0)
         return Settings(
-            rule=rule_of(self.learner, self._options),
+            rule=rule_of(self.learner, self.options),
             loss=self.loss,
             query_loss=self.query_loss,
             features=self.features,
@@ -325,13 +275,14 @@ class InnerLoop(nn.Module):
             each=False,
         )
 
-    def _own_step(self) -> str | None:
-        rule = rule_of(self.learner, self._options)
+    def own_step(self) -> str | None:
+        """Why the learner is known by its methods alone, or None."""
+        rule = rule_of(self.learner, self.options)
         return rule.why_not_batched() or overridden(self.learner)
 
     def leaves(self, batch: Batch, weights: Tensor | None) -> Leaves:
         """Every tensor that a meta-gradient can reach."""
-        rule = rule_of(self.learner, self._options)
+        rule = rule_of(self.learner, self.options)
         losses = [x for x in (self.loss, self.query_loss) if isinstance(x, nn.Module)]
         if self.query_loss is self.loss:
             losses = losses[:1]
@@ -358,10 +309,10 @@ class InnerLoop(nn.Module):
             return self._pieces(replace(settings, each=True), batch, tasks, weights, 1)
 
         def clones() -> tuple[Outcome, Parts]:
-            return by_clones(self.learner, self._options, settings, batch, weights), []
+            return by_clones(self.learner, self.options, settings, batch, weights), []
 
         found, parts = self._first_that_can(batched, one_by_one, clones)
-        _commit(parts, None)
+        commit_all(parts, None)
         return found
 
     def _listed(self, settings: Settings, groups: list[Group], weights: Tensor | None) -> Outcome:
@@ -378,21 +329,21 @@ class InnerLoop(nn.Module):
                 count = len(group.indices)
                 size = self.chunk_size or count
                 found.append(self._pieces(settings, group.batch, count, weights, size))
-            return _in_order([x for x, _ in found], order), [p for _, ps in found for p in ps]
+            return in_order([x for x, _ in found], order), [p for _, ps in found for p in ps]
 
         def one_by_one() -> tuple[Outcome, Parts]:
             each = replace(settings, each=True)
             found = [self._pieces(each, row, 1, weights, 1) for row in rows]
-            return _in_order([x for x, _ in found], None), [p for _, ps in found for p in ps]
+            return in_order([x for x, _ in found], None), [p for _, ps in found for p in ps]
 
         def clones() -> tuple[Outcome, Parts]:
-            found = [by_clones(self.learner, self._options, settings, row, weights) for row in rows]
-            return _in_order(found, None), []
+            found = [by_clones(self.learner, self.options, settings, row, weights) for row in rows]
+            return in_order(found, None), []
 
         before = self._refused
         found, parts = self._first_that_can(batched, one_by_one, clones)
         grouped_too = before is None and self._refused is None and self.backend != "loop"
-        _commit(parts, order if grouped_too else None)
+        commit_all(parts, order if grouped_too else None)
         return found
 
     def _pieces(
@@ -400,35 +351,22 @@ class InnerLoop(nn.Module):
     ) -> tuple[Outcome, Parts]:
         if not settings.each:
             try:
-                return self._in_one_call(settings, batch, tasks, weights)
+                return in_one_call(self, settings, batch, tasks, weights)
             except Unfusable as refused:
                 if self.backend == "fused":
-                    raise _not_fused(str(refused)) from refused
+                    raise refused.as_error() from refused
         leaves = self.leaves(batch, weights)
         return run_pieces(settings, leaves, batch, tasks, size, self.chunk_size is not None)
 
-    def _in_one_call(
-        self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
-    ) -> tuple[Outcome, Parts]:
-        fused = self._fused(weights)
-        parts: list[TaskBuffers] = []
-        if self.features is not None:
-            run = Run(settings, batch, tasks, weighted=False)
-            batch = run.featured(self.leaves(batch, None))
-            parts = run.buffers[1:]
-        batch = fused.inputs(batch)
-        found, own = fused.outcome(batch, settings.steps, settings.buffers)
-        return found, [own + parts]
-
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
-        if (reason := self._own_step()) is not None:
+        if (reason := self.own_step()) is not None:
             self._check_clones(reason)
-            with _all_or_nothing(self.learner, self.features):
+            with all_or_nothing(self.learner, self.features):
                 found = clones()
             self._say_once(reason)
             return found
         if self.backend == "loop" or self._refused is not None:
-            with _all_or_nothing(self.learner, self.features):
+            with all_or_nothing(self.learner, self.features):
                 return one_by_one()
         try:
             return batched()
@@ -438,14 +376,14 @@ class InnerLoop(nn.Module):
                     f"backend: expected a model that can be batched, for 'batched'. {refused}"
                 ) from refused
             reason = str(refused)
-        with _all_or_nothing(self.learner, self.features):
+        with all_or_nothing(self.learner, self.features):
             found = one_by_one()
         self._say_once(reason)
         self._refused = reason
         return found
 
     def _check_clones(self, reason: str) -> None:
-        if (name := refused_by_clone(self.learner, self._options)) is not None:
+        if (name := refused_by_clone(self.learner, self.options)) is not None:
             kind = type(self.learner).__name__
             raise ValueError(f"{name}: expected None, as {kind}.clone has no such option: {reason}")
         options = {
@@ -479,61 +417,3 @@ class InnerLoop(nn.Module):
             f"steps={self.steps}, memory={self.memory!r}, buffers={self.buffer_mode!r}, "
             f"chunk_size={self.chunk_size}, backend={self.backend!r}"
         )
-
-
-def _is_one_batch(batch: Batch) -> bool:
-    """Whether all tensors have one and the same T, at least 1, and none is of inference mode."""
-    tensors = [x for x in batch if x is not None]
-    tasks = tensors[0].shape[0]
-    return tasks > 0 and all([x.shape[0] == tasks and not x.is_inference() for x in tensors])
-
-
-def _not_fused(reason: str) -> ValueError:
-    return ValueError(f"backend: expected an inner loop that can be fused, for 'fused'. {reason}")
-
-
-Parts = list[list[TaskBuffers]]
-Way = Callable[[], tuple[Outcome, Parts]]
-
-
-def _commit(parts: Parts, order: Tensor | None) -> None:
-    for of_one_model in zip(*parts, strict=True):
-        commit(of_one_model, order)
-
-
-def _in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
-    """The outcome of tasks of unlike shapes: their predictions are a list."""
-    predictions = [
-        map_tensors(lambda x: x[k], part.predictions)  # noqa: B023
-        for part in found
-        for k in range(len(part.finite))
-    ]
-    joined = together([part._replace(predictions=None) for part in found])
-    if order is None:
-        return joined._replace(predictions=predictions)
-    loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
-    return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _all_or_nothing(*modules: nn.Module | None) -> Iterator[None]:
-    """Put buffers back if an exception comes after some tasks have changed them."""
-    buffers = [b for m in modules if m is not None for b in m.buffers()]
-    before = [(b, b.detach().clone()) for b in buffers if not b.requires_grad]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for buffer, value in before:  # all: a native batch norm changes no version
-                buffer.copy_(value)
-        raise
-
-
-@contextmanager
-def _normal_mode() -> Iterator[None]:
-    """Inner steps need autograd: under inference mode, leave it, and keep no meta-graph."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -40,6 +40,13 @@ class Batch(NamedTuple):
         return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
 
+def is_one_batch(batch: Batch) -> bool:
+    """Whether all tensors have one and the same T, at least 1, and none is of inference mode."""
+    tensors = [x for x in batch if x is not None]
+    tasks = tensors[0].shape[0]
+    return tasks > 0 and all([x.shape[0] == tasks and not x.is_inference() for x in tensors])
+
+
 def check_given(batch: Batch) -> None:
     """Raise TypeError where support targets are missing, or lists and tensors are mixed."""
     if batch.y_s is None:

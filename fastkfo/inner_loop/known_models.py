@@ -15,6 +15,10 @@ from fastkfo.utils import ParameterSlots
 class Unfusable(Exception):
     """An inner loop is not one native call; the message says why."""
 
+    def as_error(self) -> ValueError:
+        """For those who asked for it by name."""
+        return ValueError(f"backend: expected an inner loop that can be fused, for 'fused'. {self}")
+
 
 class Model(NamedTuple):
     """A chain of known layers.

@@ -164,3 +164,17 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         torch.cat(support),
         torch.cat(finite),
     )
+
+
+def in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
+    """The outcome of tasks of unlike shapes: their predictions are a list."""
+    predictions = [
+        map_tensors(lambda x: x[k], part.predictions)  # noqa: B023
+        for part in found
+        for k in range(len(part.finite))
+    ]
+    joined = together([part._replace(predictions=None) for part in found])
+    if order is None:
+        return joined._replace(predictions=predictions)
+    loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
+    return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]

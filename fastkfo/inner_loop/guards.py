@@ -1,0 +1,33 @@
+"""What surrounds a run: all or nothing, and outside of inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def all_or_nothing(*modules: nn.Module | None) -> Iterator[None]:
+    """Put buffers back if an exception comes after some tasks have changed them."""
+    buffers = [b for m in modules if m is not None for b in m.buffers()]
+    before = [(b, b.detach().clone()) for b in buffers if not b.requires_grad]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, value in before:  # all: a native batch norm changes no version
+                buffer.copy_(value)
+        raise
+
+
+@contextmanager
+def normal_mode() -> Iterator[None]:
+    """Inner steps need autograd: under inference mode, leave it, and keep no meta-graph."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
