@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/levels.h"
+#include "cpu/vector.h"
 
 // Helpers must be inlined: one that is not stays compiled for the baseline processor.
 #define FASTKFO_INLINE inline __attribute__((always_inline))
@@ -29,18 +30,6 @@ namespace fastkfo::cpu {
 namespace {
 
 constexpr int kMaxVectors = 3;  // of columns in a tile
-
-template <class S, int BYTES>
-struct Vector {
-  static constexpr int width = BYTES / static_cast<int>(sizeof(S));
-  typedef S type __attribute__((vector_size(BYTES)));
-  static FASTKFO_INLINE type load(const S* p) {
-    type v;
-    std::memcpy(&v, p, BYTES);
-    return v;
-  }
-  static FASTKFO_INLINE void store(S* p, type v) { std::memcpy(p, &v, BYTES); }
-};
 
 // Where a product goes. Rows shorter than their vectors may run over into the next row, if that is
 // written later (`overlap`), up to `end`.

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/vector.h"
 #include "inner_loop/layers.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
@@ -121,16 +122,7 @@ struct Executor {
 
  private:
   template <int BYTES>
-  struct Vector {
-    static constexpr int width = BYTES / static_cast<int>(sizeof(S));
-    typedef S type __attribute__((vector_size(BYTES)));
-    static FASTKFO_INLINE type load(const S* p) {
-      type v;
-      std::memcpy(&v, p, BYTES);
-      return v;
-    }
-    static FASTKFO_INLINE void store(S* p, type v) { std::memcpy(p, &v, BYTES); }
-  };
+  using Vector = cpu::Vector<S, BYTES>;
 
   static FASTKFO_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

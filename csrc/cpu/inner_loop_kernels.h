@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/vector.h"
 #include "inner_loop/memory.h"
 #include "inner_loop/plan.h"
 
