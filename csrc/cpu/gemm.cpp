@@ -14,7 +14,6 @@
 
 // Helpers must be inlined: one that is not stays compiled for the baseline processor.
 #define FASTKFO_INLINE inline __attribute__((always_inline))
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 // PyTorch's own BLAS, where the wheel exports it; null where it does not.
 extern "C" {

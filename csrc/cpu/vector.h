@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call
+
 namespace fastkfo::cpu {
 
 template <class S, int BYTES>
