@@ -4,8 +4,6 @@
 
 #include <cstring>
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call
-
 namespace fastkfo::cpu {
 
 template <class S, int BYTES>

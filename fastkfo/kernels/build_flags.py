@@ -19,6 +19,7 @@ CXX_FLAGS = [
     "-g0",  # some distributions' Pythons ask for -g, which makes the library ten times as large
     "-std=c++17",
     "-fvisibility=hidden",
+    "-Wno-psabi",  # no vector crosses a call
     *_OPENMP,
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     f"-DPy_LIMITED_API={PY_LIMITED_API}",
