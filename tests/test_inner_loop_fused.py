@@ -49,6 +49,35 @@ def test_value_and_gradient(model, transform, steps):
     compare(case(model, transform, steps=steps), weights(3, equal=steps == 3))
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("form", ["dense", "factored", "gram"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("model", ["head", "one number", "two layers", "smooth", "batch norm"])
+def test_forms(model, transform, form, steps):
+    compare(case(model, transform, steps=steps, form=form), weights(3, equal=steps == 3))
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "gram"])
+@pytest.mark.parametrize("transform", ["psd", "factors", "left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"own": True},
+        {"tasks": 33, "samples": 3},
+        {"samples": 40, "queries": 2},
+        {"samples": 2, "queries": 19},
+        {"first_order": True},
+        {"bias": False},
+        {"loss": "mse", "steps": 10},
+    ],
+    ids=str,
+)
+def test_options_of_forms(transform, form, options):
+    c = case("two layers", transform, **({"steps": 2} | options), form=form)
+    compare(c, weights(c.data[0].shape[0]))
+    compare(c, weights(c.data[0].shape[0], equal=True))
+
+
 @pytest.mark.parametrize("transform", ["none", "psd", "all"])
 @pytest.mark.parametrize("model", ["head", "two layers", "norm first"])
 @pytest.mark.parametrize(
@@ -235,7 +264,7 @@ def test_opcheck(adapted):
     places = dict(zip(kinds, (0, 8, 9, 6), strict=True))
     for layer in c.layers:
         numbers += [places[layer.kind], *layer[1:5]]
-    rest = (numbers, [x.constant for x in c.layers], c.options["lr"], 2, 0, 0, True)
+    rest = (numbers, [x.constant for x in c.layers], c.options["lr"], 2, 0, 0, 7, True)
     data = [x.detach() for x in c.data]
     ops = torch.ops.fastkfo
     size = ops.inner_loop_tape(*spec_groups, *data, *rest)

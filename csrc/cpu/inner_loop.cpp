@@ -1,6 +1,7 @@
 // The fused inner loop on the CPU: tasks are spread over threads, each runs from beginning to end
 // in the cache of one core. csrc/inner_loop has the algorithm.
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/inner_loop_kernels.h"
 #include "cpu/inner_loop_sums.h"
@@ -138,6 +139,7 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   const Prepared<S> prepared(call, keep, {}, false, false);
   if (keep) check_tape(*tape, prepared, call.x_s);
   const Plan& plan = prepared.plan();
+  STD_TORCH_CHECK(!adapted || !plan.gram.used, "fastkfo: the gram form has no theta_K");
   check_labels(call, plan);
   const int64_t tasks = prepared.tasks;
   const Outputs<S> outputs(prepared, call.x_s);
@@ -161,10 +163,8 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
     const int64_t last = keep ? plan.steps - 1 : plan.steps % 2;
     for (size_t i = 0; i < params.size(); ++i) {
       const Param& p = params[i];
-      const S* from = (plan.steps > 0 ? own_tape + plan.thetas + last * plan.theta
-                       : p.own[0]     ? blocks.own
-                                      : blocks.shared) +
-                      p.at;
+      const S* from = plan.steps > 0 ? own_tape + plan.thetas + last * plan.later + p.next
+                                     : (p.own[0] ? blocks.own : blocks.shared) + p.at;
       take_rows(from, p.ld, p.rows, p.cols, data_of<S>(results[5 + i]) + t * p.rows * p.cols);
     }
   });
@@ -198,6 +198,42 @@ struct InputGradients {
   }
 };
 
+// Whether what `late` multiplies is finite, and its products are too: by sums of magnitudes, so
+// that no product has to be formed.
+template <class S>
+bool late_is_finite(const Plan& plan, const Work<S>& work, const S* tape) {
+  const Gram& at = plan.gram;
+  const Pass &support = plan.support, &query = plan.query;
+  const Layer& first = plan.layer[0];
+  const auto sum = [](const S* x, int64_t ld, int64_t rows, int64_t columns) {
+    S total = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) total += std::abs(x[r * ld + c]);
+    return total;
+  };
+  const S along = sum(work.gram + at.e, support.ld, first.out, support.samples) +
+                  sum(work.gram + at.sum, support.ld, first.out, support.samples) +
+                  sum(work.fixed, support.ld, first.in, support.samples);
+  S bound = along * sum(tape + plan.x_rows, plan.ld_in, support.samples, plan.in);
+  if (plan.has_query_targets)
+    bound += S(plan.steps) *
+             sum(work.query + query.slots[0].d, query.ld, first.out, query.samples) *
+             sum(tape + at.x_q_rows, plan.ld_in, query.samples, plan.in);
+  return std::isfinite(bound);
+}
+
+// Adds what a task's backward pass has left to the sums of its part.
+template <class S>
+void add(Sums<S>& sums, int64_t part, int64_t t, const Prepared<S>& prepared,
+         const Blocks<S>& blocks, const Work<S>& work, S* tape) {
+  const Plan& plan = prepared.plan();
+  const auto late = [&](int64_t wanted, S* to) {
+    kernels<S>().late(plan, blocks, work, tape, wanted, to);
+  };
+  const bool finite = !plan.gram.used || late_is_finite(plan, work, tape);
+  sums.add(part, t, work.gradients, finite, late);
+}
+
 // Forward and backward, task by task, for a cotangent of 1 of every query loss: what a task needs
 // stays in the cache of its core, and no tape is written.
 template <class S>
@@ -224,7 +260,7 @@ Tensors gradient(Call& call, const Ints& wanted, bool want_x_s, bool want_x_q) {
       std::fill(work.gradients, work.gradients + plan.gradients, S(0));
       kernels<S>().backward(plan, blocks, work, space.tape, S(1), inputs.support(t),
                             inputs.query(t));
-      sums.add(part, t, work.gradients);
+      add(sums, part, t, prepared, blocks, work, space.tape);
     }
   });
   Tensors results = outputs.list();
@@ -249,7 +285,9 @@ struct Cotangents {
       same_dtype(*loss, like, "d_loss");
       contiguous(*loss);
     }
-    STD_TORCH_CHECK(adapted.empty() || adapted.size() == params.size(), "fastkfo: bad d_adapted");
+    STD_TORCH_CHECK(
+        adapted.empty() || (adapted.size() == params.size() && !prepared.plan().gram.used),
+        "fastkfo: bad d_adapted");
     for (size_t i = 0; i < adapted.size(); ++i) {
       if (!adapted[i].has_value()) continue;
       same_dtype(*adapted[i], like, "d_adapted");
@@ -270,7 +308,7 @@ struct Cotangents {
         for (int64_t k = 0; k < p.cols; ++k) {
           const S x = from[r * p.cols + k];
           any = any || x != 0;
-          g[p.at + r * p.ld + k] = x;
+          g[p.g + r * p.ld + k] = x;
         }
     }
     return any;
@@ -298,14 +336,15 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
       std::fill(work.gradients, work.gradients + plan.gradients, S(0));
       const bool adapted = cotangents.put(t, work.gradients);
       const S c = cotangents.of_loss(t);
+      const Blocks<S> blocks{shared.data, space.own};
+      S* own_tape = data_of<S>(tape) + t * plan.tape;
       if (c == 0 && !adapted) {  // contributes exactly nothing, whatever its numbers are
         inputs.clear(t);
-      } else {
-        kernels<S>().backward(plan, {shared.data, space.own}, work,
-                              data_of<S>(tape) + t * plan.tape, c, inputs.support(t),
-                              inputs.query(t));
+        sums.add(part, t, work.gradients, true, [](int64_t, S*) {});
+        continue;
       }
-      sums.add(part, t, work.gradients);
+      kernels<S>().backward(plan, blocks, work, own_tape, c, inputs.support(t), inputs.query(t));
+      add(sums, part, t, prepared, blocks, work, own_tape);
     }
   });
   Tensors results;
@@ -333,8 +372,8 @@ MaybeTensors optional(Tensors tensors) { return MaybeTensors(tensors.begin(), te
 Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                            MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                            MaybeTensor y_q, MaybeTensor tape, Ints layers, Floats constants,
-                           Floats alpha, int64_t steps, int64_t loss, int64_t query_loss, bool psd,
-                           bool adapted) {
+                           Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
+                           int64_t forms, bool psd, bool adapted) {
   Call call{{optional(theta), left, right, bias, scale},
             x_s,
             y_s,
@@ -346,6 +385,7 @@ Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right,
             steps,
             loss,
             query_loss,
+            forms,
             psd,
             false};
   return by_dtype(x_s, [&](auto s) { return forward<decltype(s)>(call, tape, adapted); });
@@ -354,7 +394,7 @@ Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right,
 int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                         MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                         MaybeTensor y_q, Ints layers, Floats constants, Floats alpha, int64_t steps,
-                        int64_t loss, int64_t query_loss, bool psd) {
+                        int64_t loss, int64_t query_loss, int64_t forms, bool psd) {
   Call call{{optional(theta), left, right, bias, scale},
             x_s,
             y_s,
@@ -366,6 +406,7 @@ int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, Ma
             steps,
             loss,
             query_loss,
+            forms,
             psd,
             false};
   return by_dtype(x_s, [&](auto s) { return tape_of<decltype(s)>(call); });
@@ -374,30 +415,7 @@ int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, Ma
 Tensors inner_loop_gradient(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                             MaybeTensors scale, Tensor x_s, Tensor y_s, Tensor x_q, Tensor y_q,
                             Ints layers, Floats constants, Floats alpha, int64_t steps,
-                            int64_t loss, int64_t query_loss, bool psd, bool first_order,
-                            Ints wanted, bool want_x_s, bool want_x_q) {
-  Call call{{optional(theta), left, right, bias, scale},
-            x_s,
-            y_s,
-            x_q,
-            y_q,
-            layers,
-            constants,
-            alpha,
-            steps,
-            loss,
-            query_loss,
-            psd,
-            first_order};
-  return by_dtype(x_s,
-                  [&](auto s) { return gradient<decltype(s)>(call, wanted, want_x_s, want_x_q); });
-}
-
-Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
-                            MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                            MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                            MaybeTensor y_q, Tensor tape, Ints layers, Floats constants,
-                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss, bool psd,
+                            int64_t loss, int64_t query_loss, int64_t forms, bool psd,
                             bool first_order, Ints wanted, bool want_x_s, bool want_x_q) {
   Call call{{optional(theta), left, right, bias, scale},
             x_s,
@@ -410,6 +428,32 @@ Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors 
             steps,
             loss,
             query_loss,
+            forms,
+            psd,
+            first_order};
+  return by_dtype(x_s,
+                  [&](auto s) { return gradient<decltype(s)>(call, wanted, want_x_s, want_x_q); });
+}
+
+Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
+                            MaybeTensors left, MaybeTensors right, MaybeTensors bias,
+                            MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
+                            MaybeTensor y_q, Tensor tape, Ints layers, Floats constants,
+                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
+                            int64_t forms, bool psd, bool first_order, Ints wanted, bool want_x_s,
+                            bool want_x_q) {
+  Call call{{optional(theta), left, right, bias, scale},
+            x_s,
+            y_s,
+            x_q,
+            y_q,
+            layers,
+            constants,
+            alpha,
+            steps,
+            loss,
+            query_loss,
+            forms,
             psd,
             first_order};
   return by_dtype(x_s, [&](auto s) {

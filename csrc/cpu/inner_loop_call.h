@@ -7,6 +7,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/operand.h"
+#include "cpu/parallel.h"
 #include "inner_loop/planner.h"
 
 namespace fastkfo::cpu {
@@ -22,7 +23,7 @@ struct Call {
   MaybeTensor x_q, y_q;
   Ints layers;  // five per layer: kind, in, out, weight, bias
   Floats constants, alpha;
-  int64_t steps, loss, query_loss;
+  int64_t steps, loss, query_loss, forms;
   bool psd, first_order;
 };
 
@@ -55,6 +56,7 @@ class Prepared {
     plan.want_x_q = want_x_q;
     planned.pad = 64 / sizeof(S);
     planned.symmetric = call.psd;
+    planned.forms = call.forms;
     planned.finish(call.x_s.size(1), plan.has_query ? call.x_q->size(1) : 0);
   }
 
@@ -110,24 +112,34 @@ class Prepared {
         }
         copy(from, rows(p, which), columns(p, which), block + places[which]);
         if (which == 1 && p.a_t != p.a) transpose(from, p.n, block + p.a_t);
+        if (which == 2 && p.c_t != p.c) transpose(from, p.m, block + p.c_t);
       }
     }
   }
-  // L' L
+  // L' L: it is symmetric, so that a unit computes its rows from the diagonal on, and mirrors them.
   void square(const S* from, int64_t r, int64_t n, S* to) const {
     const int64_t ld = planned.padded(n);
-    cpu::Scratch<S> own;
-    gemm<S>(n, n, r, {from, 1, n}, {from, n, 1}, to, ld, false, own);
-    for (int64_t k = 0; k < n; ++k) std::fill(to + k * ld + n, to + (k + 1) * ld, S(0));
+    by_rows(n, n * r, [&](int64_t first, int64_t last, Scratch<S>& own) {
+      S* rows = to + first * ld;
+      gemm<S>(last - first, n - first, r, {from + first, 1, n}, {from + first, n, 1}, rows + first,
+              ld, false, own);
+      for (int64_t k = first; k < last; ++k) {
+        for (int64_t c = last; c < n; ++c) to[c * ld + k] = to[k * ld + c];
+        std::fill(to + k * ld + n, to + (k + 1) * ld, S(0));
+      }
+    });
   }
   // The gradient of L in place of that of A = L' L:  L (G + G')
-  void through_square(size_t i, int which, int64_t t, S* g, S* to) const {
+  void through_square(size_t i, int which, int64_t t, S* g, int64_t ld, S* to) const {
     const int64_t n = columns(planned.params[i], which), r = given_rows(i, which);
     const S* factor = of(which, i) + t * given_size(i, which);
     for (int64_t j = 0; j < n; ++j)
-      for (int64_t k = 0; k <= j; ++k) g[j * n + k] = g[k * n + j] = g[j * n + k] + g[k * n + j];
-    cpu::Scratch<S> own;
-    gemm<S>(r, n, n, {factor, n, 1}, {g, n, 1}, to, n, false, own);
+      for (int64_t k = 0; k <= j; ++k)
+        g[j * ld + k] = g[k * ld + j] = g[j * ld + k] + g[k * ld + j];
+    by_rows(r, 2 * n * n, [&](int64_t first, int64_t last, Scratch<S>& own) {
+      gemm<S>(last - first, n, n, {factor + first * n, n, 1}, {g, ld, 1}, to + first * n, n, false,
+              own);
+    });
   }
   bool any_own() const {
     for (const Param& p : planned.params)
@@ -138,6 +150,17 @@ class Prepared {
 
  private:
   Call& call_;
+
+  // run(first row, last row, scratch), over threads where it is worth it.
+  template <class F>
+  static void by_rows(int64_t rows, int64_t cost, const F& run) {
+    constexpr int64_t kRows = 48;
+    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, cost * kRows);
+    parallel_units(costs, [&](int64_t unit) {
+      Scratch<S> own;
+      run(unit * kRows, std::min(rows, (unit + 1) * kRows), own);
+    });
+  }
 
   const S* of(int which, size_t i) const {
     const MaybeTensors& group = call_.operands[which];

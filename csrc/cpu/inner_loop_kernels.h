@@ -18,6 +18,7 @@ struct Kernels {
                   const Results<S>&);
   void (*backward)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, S cotangent, S* x_s_grad,
                    S* x_q_grad);
+  void (*late)(const Plan&, const Blocks<S>&, const Work<S>&, S* tape, int64_t wanted, S* to);
 };
 
 #define FASTKFO_DECLARE(level) \

@@ -27,8 +27,15 @@ void backward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch,
   Task<Executor<S>>(executor, plan, blocks, scratch, tape).backward(cotangent, x_s_grad, x_q_grad);
 }
 
-Kernels<float> of_float() { return {forward<float>, backward<float>}; }
-Kernels<double> of_double() { return {forward<double>, backward<double>}; }
+template <class S>
+void late(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
+          int64_t wanted, S* to) {
+  Executor<S> executor;
+  Task<Executor<S>>(executor, plan, blocks, scratch, tape).late(wanted, to);
+}
+
+Kernels<float> of_float() { return {forward<float>, backward<float>, late<float>}; }
+Kernels<double> of_double() { return {forward<double>, backward<double>, late<double>}; }
 
 }  // namespace FASTKFO_LEVEL
 }  // namespace fastkfo::inner_loop

@@ -41,12 +41,12 @@ bool is_finite(const S* x, int64_t ld, int64_t rows, int64_t columns) {
 template <class S>
 struct Output {
   int64_t rows, columns, ld, at;  // where a task leaves it
-  bool own;
+  bool own, late;                 // of every task; formed from what a task leaves
   size_t param;
   int which;
   Tensor tensor;  // of the operand's shape
-  int64_t part;   // where it lies in a part's sums
-  int64_t size() const { return rows * columns; }
+  int64_t part;   // where it lies in a part's sums, its rows padded
+  int64_t size() const { return rows * ld; }
 };
 
 template <class S>
@@ -54,30 +54,32 @@ std::vector<Output<S>> outputs_of(const Prepared<S>& prepared, const Call& call)
   std::vector<Output<S>> outputs;
   for (size_t i = 0; i < prepared.planned.params.size(); ++i) {
     const Param& p = prepared.planned.params[i];
-    const int64_t at[] = {p.at, p.g_a, p.g_c, p.g_beta, p.g_s};
+    const int64_t at[] = {p.g, p.g_a, p.g_c, p.g_beta, p.g_s};
     for (int which = 0; which < kOperands; ++which) {
       if (!(p.wanted & (1 << which))) continue;
       const int64_t rows = prepared.rows(p, which), columns = prepared.columns(p, which);
       outputs.push_back({rows, columns, prepared.planned.padded(columns), at[which], p.own[which],
-                         i, which, empty_shaped_like(*call.operands[which][i]), 0});
+                         p.late && which != 1, i, which,
+                         empty_shaped_like(*call.operands[which][i]), 0});
     }
   }
   return outputs;
 }
 
-// The sums of one gradient, or those of one task, to where they are returned.
+// The sums of one gradient, or those of one task, to where they are returned. g: as a task leaves
+// it; it is overwritten.
 template <class S>
 void deliver(const Prepared<S>& prepared, const Output<S>& out, int64_t t, S* g) {
   S* to = data_of<S>(out.tensor) + t * prepared.given_size(out.param, out.which);
   if (out.which == 2 && !prepared.squared(2)) {  // the algorithm leaves it transposed
     for (int64_t r = 0; r < out.rows; ++r)
-      for (int64_t c = 0; c < out.columns; ++c) to[r * out.columns + c] = g[c * out.columns + r];
+      for (int64_t c = 0; c < out.columns; ++c) to[r * out.columns + c] = g[c * out.ld + r];
     return;
   }
   if (prepared.squared(out.which))
-    prepared.through_square(out.param, out.which, t, g, to);
+    prepared.through_square(out.param, out.which, t, g, out.ld, to);
   else
-    std::copy(g, g + out.size(), to);
+    take_rows(g, out.ld, out.rows, out.columns, to);
 }
 
 template <class S>
@@ -102,15 +104,20 @@ class Sums {
     S* sum = memory_.get() + part * part_size_;
     std::fill(sum, sum + part_size_, S(0));
   }
-  // Add the gradients of task t, a block of them: to what tasks share, only if all are finite.
-  void add(int64_t part, int64_t t, const S* g) {
-    bool good = true;
+  // Adds the gradients of task t, a block of them and those that `late` adds to where it is told:
+  // to what tasks share, only if all are finite.
+  template <class Late>
+  void add(int64_t part, int64_t t, const S* g, bool finite, const Late& late) {
+    bool good = finite;
     for (const Output<S>& out : outputs_) {
       if (out.own) {
-        std::vector<S> dense(out.size());
-        take_rows(g + out.at, out.ld, out.rows, out.columns, dense.data());
-        deliver(prepared_, out, t, dense.data());
-      } else {
+        std::vector<S> whole(out.size(), S(0));
+        if (out.late)
+          late(1 << out.which, whole.data());
+        else
+          std::copy(g + out.at, g + out.at + out.size(), whole.data());
+        deliver(prepared_, out, t, whole.data());
+      } else if (!out.late) {
         good = good && is_finite(g + out.at, out.ld, out.rows, out.columns);
       }
     }
@@ -118,27 +125,34 @@ class Sums {
     for (const Output<S>& out : outputs_) {
       if (out.own) continue;
       S* to = memory_.get() + part * part_size_ + out.part;
-      for (int64_t r = 0; r < out.rows; ++r) {
-        const S* from = g + out.at + r * out.ld;
-        for (int64_t k = 0; k < out.columns; ++k) to[r * out.columns + k] += from[k];
+      if (out.late) {
+        late(1 << out.which, to);
+        continue;
       }
+      const S* from = g + out.at;
+      for (int64_t k = 0; k < out.size(); ++k) to[k] += from[k];
     }
   }
   // The gradients, in the order of the bits of Wanted, parameter by parameter.
   void finish(Tensors& results) {
+    const int64_t pieces = (part_size_ + kPiece - 1) / kPiece;
+    if (parts_ > 1)
+      parallel_units(std::vector<int64_t>(pieces, kPiece * parts_), [&](int64_t piece) {
+        S* to = memory_.get() + piece * kPiece;
+        const int64_t n = std::min(kPiece, part_size_ - piece * kPiece);
+        for (int64_t part = 1; part < parts_; ++part) {
+          const S* from = to + part * part_size_;
+          for (int64_t k = 0; k < n; ++k) to[k] += from[k];
+        }
+      });
     for (const Output<S>& out : outputs_) {
       results.push_back(out.tensor);
-      if (out.own) continue;
-      S* to = memory_.get() + out.part;
-      for (int64_t part = 1; part < parts_; ++part) {
-        const S* from = to + part * part_size_;
-        for (int64_t k = 0; k < out.size(); ++k) to[k] += from[k];
-      }
-      deliver(prepared_, out, 0, to);
+      if (!out.own) deliver(prepared_, out, 0, memory_.get() + out.part);
     }
   }
 
  private:
+  static constexpr int64_t kPiece = 1 << 14;
   const Prepared<S>& prepared_;
   std::vector<Output<S>> outputs_;
   int64_t part_size_ = 0, parts_ = 1;

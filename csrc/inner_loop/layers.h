@@ -36,10 +36,12 @@ struct Linear {
   const Span<S>& at;
   int64_t ld_w;
 
-  // y = W x + b
-  FASTKFO_FN void forward(const S* w, const S* b) const {
+  // y = W x
+  FASTKFO_FN void forward(const S* w) const {
     ex.product(layer.out, at.samples, layer.in, {w, ld_w, 1}, at.x, at.ld, at.y, at.ld);
-    if (b) add_bias(at.y, b);
+  }
+  FASTKFO_FN void add_bias(S* y, const S* b) const {
+    if (b) ex.each(layer.out, at.ld, [=](int64_t r, int64_t i) { y[i] += b[r]; });
   }
   // d_x = W' d_y
   FASTKFO_FN void backward(const S* w) const {
@@ -50,17 +52,12 @@ struct Linear {
     if (at.x_t)
       ex.product(layer.out, at.samples, layer.in, {w, ld_w, 1}, at.x_t, at.ld, at.y_t, at.ld, S(1),
                  at.y_t);
-    if (v_bias) add_bias(at.y_t, v_bias);
+    add_bias(at.y_t, v_bias);
   }
   // d_x_t = V' d_y + W' d_y_t; V' d_y is there already
   FASTKFO_FN void backward_tangent(const S* w) const {
     ex.product(layer.in, at.samples, layer.out, {w, 1, ld_w}, at.d_y_t, at.ld, at.d_x_t, at.ld,
                S(1), at.d_x_t);
-  }
-
- private:
-  FASTKFO_FN void add_bias(S* y, const S* b) const {
-    ex.each(layer.out, at.ld, [=](int64_t r, int64_t i) { y[i] += b[r]; });
   }
 };
 

@@ -13,6 +13,7 @@ struct Room {
   S* cols_out;  // [n, ld]
   S* cols_in;   // [m, ld]
   S* square;    // [n, pad(m)]
+  S* dense;     // of the dense form: A' lambda and V [n, pad(m)], (G C)' [m, pad(n)]
 };
 
 // One task's data, in the caller's memory, without gaps. Null where there is none.
@@ -45,8 +46,9 @@ struct Work {
   S* lanes;      // 6 rows of means
   S* record;     // derivatives along V, a support pass
   S* query;      // cotangents of a query pass
-  S* v;          // a block of parameters, of which only vectors are used
-  S* fixed;      // [in, ld]
+  S* v;          // a block of later parameters, of which only vectors are used
+  S* fixed;      // the sum of lambda' P of a first layer [in, ld]
+  S* gram;       // see Gram
   S* x_s_grad;   // [in, ld]
   S* gradients;  // a block of gradients
 };

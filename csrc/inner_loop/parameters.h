@@ -1,7 +1,7 @@
 // The step of one parameter, theta' = theta - alpha s o (A G C + beta), and its adjoint.
 //
 // A linear layer's gradient is G = D X' with no more than as many columns in D as there are
-// samples. So A G C is (A D)(C' X)' = P Q, and G itself is never formed.
+// samples. So A G C is (A D)(X' C) = P Q, and G itself need not be formed: see Form.
 #pragma once
 
 #include "inner_loop/layers.h"
@@ -9,10 +9,10 @@
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
-// What a parameter's step is made of; null where it is absent. a_t: the transpose of A.
+// What a parameter's step is made of; null where it is absent. _t: its transpose.
 template <class S>
 struct Operands {
-  const S *a, *a_t, *c, *beta, *s;
+  const S *a, *a_t, *c, *c_t, *beta, *s;
   int64_t ld_a, ld_c;
 };
 
@@ -26,13 +26,22 @@ struct Gradients {
 template <class S>
 struct WeightStep {
   int samples;
-  int64_t ld;       // of features by samples
-  const S* x;       // X [m, samples]
-  const S* x_rows;  // X' [samples, m]
-  const S* d;       // D [n, samples]
-  const S* p;       // A D [n, samples]
-  const S* q;       // X' C [samples, m]
-  const S* q_t;     // its transpose, or null
+  int64_t ld;        // of features by samples
+  const S* x;        // X [m, samples]
+  const S* x_rows;   // X' [samples, m]
+  const S* d;        // D [n, samples]
+  const S* p;        // A D [n, samples]
+  const S* q;        // X' C [samples, m]
+  const S* q_t;      // its transpose, or null
+  const S *g, *g_c;  // in the dense form: G, G C [n, m]
+};
+
+// Where an adjoint leaves what the derivatives of a pass along V begin with: V X [n, ld], and V' D
+// [m, ld] added to `base`. Null where it is not wanted.
+template <class S>
+struct Along {
+  S *v_x, *v_d;
+  const S* base;
 };
 
 template <class Exec>
@@ -41,6 +50,10 @@ struct WeightUpdate {
   Exec& ex;
   const Param& param;
   const Operands<S>& by;
+  const Room<S>& room;
+
+  FASTKFO_FN S alpha() const { return S(param.alpha); }
+  FASTKFO_FN int64_t size() const { return int64_t(param.rows) * param.ld; }
 
   // to = A D
   FASTKFO_FN void left(const WeightStep<S>& step, S* to) const {
@@ -54,97 +67,146 @@ struct WeightUpdate {
     else
       ex.transpose(param.cols, samples, x, ld, to, param.ld);
   }
-  // theta' = theta - alpha s o (P Q + beta)
-  FASTKFO_FN void step(const WeightStep<S>& step, const S* theta, S* next,
-                       const Room<S>& room) const {
-    const S alpha = S(param.alpha);
+  // theta' = theta - alpha s o (A G C + beta)
+  FASTKFO_FN void step(int form, const WeightStep<S>& step, const S* theta, S* next) const {
+    const S rate = alpha();
     const S *beta = by.beta, *s = by.s;
-    const int64_t n = int64_t(param.rows) * param.ld;
     if (s) {
       S* u = room.square;
-      update(step, u);
-      ex.each(n, [=](int64_t i) { next[i] = theta[i] - alpha * s[i] * u[i]; });
+      update(form, step, u, S(1), beta);
+      ex.each(size(), [=](int64_t i) { next[i] = theta[i] - rate * s[i] * u[i]; });
       return;
     }
-    ex.product(param.rows, param.cols, step.samples, {step.p, step.ld, 1}, step.q, param.ld, next,
-               param.ld, -alpha, theta);
-    if (beta) ex.each(n, [=](int64_t i) { next[i] -= alpha * beta[i]; });
+    update(form, step, next, -rate, theta);
+    if (beta) ex.each(size(), [=](int64_t i) { next[i] -= rate * beta[i]; });
   }
-  // u = P Q + beta
-  FASTKFO_FN void update(const WeightStep<S>& step, S* u) const {
-    ex.product(param.rows, param.cols, step.samples, {step.p, step.ld, 1}, step.q, param.ld, u,
-               param.ld, S(1), by.beta);
-  }
-  // The adjoint, given lambda, the cotangent of theta'. With V = -alpha A' (s o lambda) C' the
-  // cotangent of G, what the derivative of a pass along V needs is no more than
-  //   V X  = -alpha A' ((s o lambda) Q')     and     V' D = -alpha C ((s o lambda)' P),
-  // and the products in brackets are those that the gradients of A and C are made of. They go to
-  // v_x [n, ld] and, added to `base`, to v_d [m, ld], where these are not null.
-  // lambda' P is added to `fixed`, for a layer whose X is the same in every step, if there is one.
-  FASTKFO_FN void adjoint(const WeightStep<S>& step, const S* lambda, const Gradients<S>& to,
-                          const Room<S>& room, S* fixed, S* v_x, S* v_d, const S* base) const {
-    const S alpha = S(param.alpha);
-    const int64_t n = int64_t(param.rows) * param.ld;
-    const S* through = lambda;
-    if (by.s) {
-      if (S* g = to.s) {
-        S* u = room.square;
-        update(step, u);
-        ex.each(n, [=](int64_t i) { g[i] -= alpha * lambda[i] * u[i]; });
-      }
-      const S* s = by.s;
-      S* scaled = room.square;
-      ex.each(n, [=](int64_t i) { scaled[i] = s[i] * lambda[i]; });
-      through = scaled;
+  // to = factor A G C + from
+  FASTKFO_FN void update(int form, const WeightStep<S>& step, S* to, S factor,
+                         const S* from) const {
+    const int64_t n = param.rows, m = param.cols, ld = param.ld;
+    if (form != kDense) {
+      ex.product(n, m, step.samples, {step.p, step.ld, 1}, step.q, ld, to, ld, factor, from);
+    } else if (by.a) {
+      ex.product(n, m, n, {by.a, by.ld_a, 1}, step.g_c, ld, to, ld, factor, from);
+    } else {
+      const S* g = step.g_c;
+      ex.each(size(), [=](int64_t i) { to[i] = factor * g[i] + (from ? from[i] : S(0)); });
     }
-    if (S* g = to.beta) ex.each(n, [=](int64_t i) { g[i] -= alpha * through[i]; });
-    if (to.a || v_x) {
+  }
+  // The dense form: g = D X', g_c = G C
+  FASTKFO_FN void gradient(const WeightStep<S>& step, S* g, S* g_c) const {
+    const int64_t n = param.rows, m = param.cols, ld = param.ld;
+    ex.product(n, m, step.samples, {step.d, step.ld, 1}, step.x_rows, ld, g, ld);
+    if (by.c) ex.product(n, m, m, {g, ld, 1}, by.c, by.ld_c, g_c, ld);
+  }
+
+  // The gradients of s and beta, given lambda, the cotangent of theta'; returns s o lambda.
+  FASTKFO_FN const S* elementwise_adjoint(int form, const WeightStep<S>& step, const S* lambda,
+                                          const Gradients<S>& to) const {
+    const S rate = alpha();
+    const S* through = lambda;
+    if (const S* s = by.s) {
+      S* u = room.square;
+      if (S* g = to.s) {
+        update(form, step, u, S(1), by.beta);
+        ex.each(size(), [=](int64_t i) { g[i] -= rate * lambda[i] * u[i]; });
+      }
+      ex.each(size(), [=](int64_t i) { u[i] = s[i] * lambda[i]; });
+      through = u;
+    }
+    if (S* g = to.beta) ex.each(size(), [=](int64_t i) { g[i] -= rate * through[i]; });
+    return through;
+  }
+  // Of A, and V X, from half = lambda Q' [n, ld]. V itself, -alpha A' lambda C', is never formed:
+  // V X is -alpha A' (lambda Q'), and V' D is -alpha C (lambda' P).
+  FASTKFO_FN void left_adjoint(const WeightStep<S>& step, const S* half, const Gradients<S>& to,
+                               S* v_x) const {
+    const int64_t n = param.rows;
+    const S rate = alpha();
+    if (to.a) {
+      ex.transpose(n, step.samples, step.d, step.ld, room.rows_out, by.ld_a);
+      ex.product(n, n, step.samples, {half, step.ld, 1}, room.rows_out, by.ld_a, to.a, by.ld_a,
+                 -rate, to.a);
+    }
+    if (!v_x) return;
+    if (by.a)
+      ex.product(n, step.samples, n, {by.a, 1, by.ld_a}, half, step.ld, v_x, step.ld, -rate);
+    else
+      ex.each(n * step.ld, [=](int64_t i) { v_x[i] = -rate * half[i]; });
+  }
+  FASTKFO_FN void factored_adjoint(const WeightStep<S>& step, const S* lambda,
+                                   const Gradients<S>& to, S* fixed, const Along<S>& along) const {
+    const S* through = elementwise_adjoint(kFactored, step, lambda, to);
+    if (to.a || along.v_x) {
       const S* q_t = step.q_t;
       if (!q_t) {
         ex.transpose(step.samples, param.cols, step.q, param.ld, room.cols_in, step.ld);
         q_t = room.cols_in;
       }
-      S* half = room.cols_out;
-      if (v_x && !by.a && !to.a) half = v_x;
+      const bool at_once = !by.a && !to.a;
+      S* half = at_once ? along.v_x : room.cols_out;
       ex.product(param.rows, step.samples, param.cols, {through, param.ld, 1}, q_t, step.ld, half,
-                 step.ld, by.a ? S(1) : -alpha);
-      if (v_x && by.a)
-        ex.product(param.rows, step.samples, param.rows, {by.a, 1, by.ld_a}, half, step.ld, v_x,
-                   step.ld, -alpha);
-      if (to.a) {
-        ex.transpose(param.rows, step.samples, step.d, step.ld, room.rows_out, by.ld_a);
-        ex.product(param.rows, param.rows, step.samples, {half, step.ld, 1}, room.rows_out, by.ld_a,
-                   to.a, by.ld_a, -alpha, to.a);
-      }
+                 step.ld, at_once ? -alpha() : S(1));
+      if (!at_once) left_adjoint(step, half, to, along.v_x);
     }
-    if (to.c || v_d) {
-      S* half = fixed ? fixed : room.cols_in;
-      if (!by.c && v_d) {
-        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
-                   v_d, step.ld, -alpha, base);
-      } else if (fixed && !v_d) {
-        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
-                   fixed, step.ld, S(1), fixed);
-      } else {
-        S* now = room.cols_in;
-        ex.product(param.cols, step.samples, param.rows, {through, 1, param.ld}, step.p, step.ld,
-                   now, step.ld);
-        if (fixed) {
-          const int64_t size = int64_t(param.cols) * step.ld;
-          ex.each(size, [=](int64_t i) { fixed[i] += now[i]; });
-        }
-        if (v_d)
-          ex.product(param.cols, step.samples, param.cols, {by.c, by.ld_c, 1}, now, step.ld, v_d,
-                     step.ld, -alpha, base);
-        half = now;
+    if (fixed) {
+      right_half(step, through, fixed, S(1), fixed);
+    } else if (to.c || along.v_d) {
+      if (!by.c) {
+        right_half(step, through, along.v_d, -alpha(), along.base);
+        return;
       }
-      if (to.c && !fixed) right_gradient(step, half, to.c);
+      right_half(step, through, room.cols_in, S(1), nullptr);
+      if (along.v_d) right_tangent(step, room.cols_in, along);
+      if (to.c) right_gradient(step, room.cols_in, to.c);
     }
   }
-  // The gradient of C, transposed, from lambda' P [m, ld]:  -alpha (lambda' P) X'
+  // to = factor lambda' P + from [m, ld]
+  FASTKFO_FN void right_half(const WeightStep<S>& step, const S* lambda, S* to, S factor,
+                             const S* from) const {
+    ex.product(param.cols, step.samples, param.rows, {lambda, 1, param.ld}, step.p, step.ld, to,
+               step.ld, factor, from);
+  }
+  // V' D = -alpha C half, added to base
+  FASTKFO_FN void right_tangent(const WeightStep<S>& step, const S* half,
+                                const Along<S>& along) const {
+    const S rate = alpha();
+    S* to = along.v_d;
+    const S* base = along.base;
+    if (by.c)
+      ex.product(param.cols, step.samples, param.cols, {by.c, by.ld_c, 1}, half, step.ld, to,
+                 step.ld, -rate, base);
+    else
+      ex.each(param.cols * step.ld,
+              [=](int64_t i) { to[i] = (base ? base[i] : S(0)) - rate * half[i]; });
+  }
+  // The gradient of C, transposed, from lambda' P:  -alpha (lambda' P) X'
   FASTKFO_FN void right_gradient(const WeightStep<S>& step, const S* half, S* to) const {
     ex.product(param.cols, param.cols, step.samples, {half, step.ld, 1}, step.x_rows, param.ld, to,
-               by.ld_c, -S(param.alpha), to);
+               by.ld_c, -alpha(), to);
+  }
+  FASTKFO_FN void dense_adjoint(const WeightStep<S>& step, const S* lambda, const Gradients<S>& to,
+                                const Along<S>& along) const {
+    const int64_t n = param.rows, m = param.cols, ld = param.ld;
+    const S rate = alpha();
+    const S* through = elementwise_adjoint(kDense, step, lambda, to);
+    S *back = room.dense, *v = back + size(), *g_c_t = v + size();
+    if (to.a) {
+      ex.transpose(n, m, step.g_c, ld, g_c_t, by.ld_a);
+      ex.product(n, n, m, {through, ld, 1}, g_c_t, by.ld_a, to.a, by.ld_a, -rate, to.a);
+    }
+    if (by.a) ex.product(n, m, n, {by.a, 1, by.ld_a}, through, ld, back, ld);
+    const S* half = by.a ? back : through;
+    if (to.c) ex.product(m, m, n, {half, 1, ld}, step.g, ld, to.c, by.ld_c, -rate, to.c);
+    if (!along.v_x) return;
+    if (by.c)
+      ex.product(n, m, m, {half, ld, 1}, by.c_t, by.ld_c, v, ld, -rate);
+    else
+      ex.each(size(), [=](int64_t i) { v[i] = -rate * half[i]; });
+    ex.product(n, step.samples, m, {v, ld, 1}, step.x, step.ld, along.v_x, step.ld);
+    if (along.v_d)
+      ex.product(m, step.samples, n, {v, 1, ld}, step.d, step.ld, along.v_d, step.ld, S(1),
+                 along.base);
   }
 };
 
@@ -180,7 +242,7 @@ struct VectorUpdate {
                           S* scaled) const {
     const S alpha = S(param.alpha), factor = c();
     const S* through = lambda;
-    if (by.s || to.c) update(g, u);
+    if (by.s) update(g, u);
     if (const S* s = by.s) {
       const S* beta = by.beta;
       S* g_s = to.s;

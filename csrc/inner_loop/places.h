@@ -26,35 +26,36 @@ class Places {
   }
   FASTKFO_FN const S* block(bool own) const { return own ? blocks.own : blocks.shared; }
   FASTKFO_FN S* theta_after(int k) const {  // k >= 1
-    return tape + plan.thetas + (plan.keep ? k - 1 : k % 2) * plan.theta;
+    return tape + plan.thetas + (plan.keep ? k - 1 : k % 2) * plan.later;
   }
   FASTKFO_FN const S* theta(int k, const Param& p) const {
-    return (k == 0 ? block(p.own[0]) : theta_after(k)) + p.at;
+    return k == 0 ? block(p.own[0]) + p.at : theta_after(k) + p.next;
   }
   FASTKFO_FN const S* theta(int k, int index) const {
     return index < 0 ? nullptr : theta(k, plan.param[index]);
   }
   FASTKFO_FN S* v_of(int index) const {
-    return index < 0 ? nullptr : scratch.v + plan.param[index].at;
+    return index < 0 ? nullptr : scratch.v + plan.param[index].next;
   }
   FASTKFO_FN S* lambda_of(int index) const {
-    return index < 0 ? nullptr : scratch.gradients + plan.param[index].at;
+    return index < 0 ? nullptr : scratch.gradients + plan.param[index].g;
   }
   FASTKFO_FN Operands<S> operands(const Param& p) const {
     const int64_t pad = Exec::kPad;
     const auto at = [&](bool there, int which, int64_t place) -> const S* {
       return there ? block(p.own[which]) + place : nullptr;
     };
-    return {at(p.left, 1, p.a),         at(p.left, 1, p.a_t), at(p.right, 2, p.c),
-            at(p.bias, 3, p.beta),      at(p.scale, 4, p.s),  (p.n + pad - 1) / pad * pad,
-            (p.m + pad - 1) / pad * pad};
+    return {at(p.left, 1, p.a),          at(p.left, 1, p.a_t),       at(p.right, 2, p.c),
+            at(p.right, 2, p.c_t),       at(p.bias, 3, p.beta),      at(p.scale, 4, p.s),
+            (p.n + pad - 1) / pad * pad, (p.m + pad - 1) / pad * pad};
   }
   FASTKFO_FN Gradients<S> gradients(const Param& p) const {
     S* g = scratch.gradients;
-    const auto at = [&](int64_t bit, int64_t place) -> S* {
-      return p.wanted & bit ? g + place : nullptr;
+    const auto at = [&](bool here, int64_t bit, int64_t place) -> S* {
+      return here && p.wanted & bit ? g + place : nullptr;
     };
-    return {g + p.at, at(kLeft, p.g_a), at(kRight, p.g_c), at(kBias, p.g_beta), at(kScale, p.g_s)};
+    return {p.late ? nullptr : g + p.g, at(true, kLeft, p.g_a), at(!p.late, kRight, p.g_c),
+            at(!p.late, kBias, p.g_beta), at(true, kScale, p.g_s)};
   }
   // keeps: what the cotangents d are in, the record itself or another one
   FASTKFO_FN Span<S> span(const Pass& pass, const S* x0, S* record, S* cotangents, int l) const {
@@ -105,17 +106,20 @@ class Places {
     const Layer& layer = plan.layer[l];
     const Param& p = plan.param[layer.weight];
     const Slots& s = plan.support.slots[l];
+    const bool dense = layer.form == kDense;
     const S* q = l == 0 ? tape + plan.q0 : record + s.q;
     return {plan.support.samples,
             plan.support.ld,
             l == 0 ? x() : record + s.a,
-            l == 0    ? tape + plan.x_rows
-            : p.right ? scratch.record + s.rows
-                      : q,
+            l == 0              ? tape + plan.x_rows
+            : p.right && !dense ? scratch.record + s.rows
+                                : q,
             record + s.d,
             record + (p.left ? s.p : s.d),
             q,
-            l == 0 ? tape + plan.q0_t : nullptr};
+            l == 0 ? tape + plan.q0_t : nullptr,
+            record + s.g,
+            record + s.g_c};
   }
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "inner_loop/forms.h"
 #include "inner_loop/memory.h"
 #include "inner_loop/plan.h"
 
@@ -17,6 +18,7 @@ struct Planned {
   std::vector<Slots> support, query;
   int64_t pad;         // numbers that rows are padded to
   bool symmetric;      // A and C equal their transposes
+  int64_t forms;       // that may be chosen, as bits
   int64_t scratch[2];  // numbers of scratch: forward, and with the backward pass
 
   int64_t padded(int64_t n) const { return (n + pad - 1) / pad * pad; }
@@ -29,16 +31,15 @@ struct Planned {
     p.in = layers.front().in;
     p.ld_in = static_cast<int32_t>(padded(p.in));
     p.classes = layers.back().out;
-    for (Param& x : params) {
-      x.ld = static_cast<int32_t>(padded(x.cols));
-      x.at = p.theta;
-      p.theta += int64_t(x.rows) * x.ld;
-    }
-    p.operands = p.gradients = p.theta;  // both blocks begin with theta's
+    Forms{layers, params, p, samples, query_samples, forms}.choose();
+    const bool gram = p.steps > 0 && layers[0].kind == kLinear && layers[0].form == kGram;
+    late_ = gram ? &params[layers[0].weight] : nullptr;
+    p.gram.used = gram;
     for (Param& x : params) place(x);
     place_pass(p.support, support, samples);
     place_pass(p.query, query, p.has_query ? query_samples : 0);
     place_tape();
+    if (p.gram.used) place_gram_work();
     measure_scratch();
     p.layer = layers.data();
     p.param = params.data();
@@ -63,36 +64,45 @@ struct Planned {
     s.room.cols_out = take(cols_out_);
     s.room.cols_in = take(cols_in_);
     s.room.square = take(square_);
+    s.room.dense = take(dense_);
     s.lanes = take(6 * p.lanes);
     s.record = take(p.support.work);
     s.query = take(p.query.size);
-    s.v = take(p.theta);
+    s.v = take(p.later);
     s.fixed = take(cols_in_);
+    s.gram = take(p.gram.work);
     s.x_s_grad = take(cols_in_);
     s.gradients = take(p.gradients);
     return s;
   }
 
  private:
-  int64_t rows_in_ = 0, rows_out_ = 0, cols_out_ = 0, cols_in_ = 0, square_ = 0;
+  int64_t rows_in_ = 0, rows_out_ = 0, cols_out_ = 0, cols_in_ = 0, square_ = 0, dense_ = 0;
+  const Param* late_ = nullptr;
 
   void place(Param& x) {
     Plan& p = plan;
-    const int64_t size = int64_t(x.rows) * x.ld;
     const int64_t left = x.n * padded(x.n), right = x.m * padded(x.m);
     const auto take = [](int64_t& end, bool there, int64_t n) {
       const int64_t at = end;
       if (there) end += n;
       return at;
     };
+    x.ld = static_cast<int32_t>(padded(x.cols));
+    x.late = &x == late_;
+    const int64_t size = int64_t(x.rows) * x.ld;
+    x.at = take(p.operands, true, size);
     x.a = take(p.operands, x.left, left);
     x.a_t = symmetric ? x.a : take(p.operands, x.left, left);
     x.c = take(p.operands, x.right, right);
+    x.c_t = symmetric ? x.c : take(p.operands, x.right, right);
     x.beta = take(p.operands, x.bias, size);
     x.s = take(p.operands, x.scale, size);
+    x.next = take(p.later, !x.late, size);
+    x.g = take(p.gradients, !x.late, size);
     x.g_a = take(p.gradients, x.wanted & kLeft, left);
-    x.g_c = take(p.gradients, x.wanted & kRight, right);
-    x.g_beta = take(p.gradients, x.wanted & kBias, size);
+    x.g_c = take(p.gradients, x.wanted & kRight && !x.late, right);
+    x.g_beta = take(p.gradients, x.wanted & kBias && !x.late, size);
     x.g_s = take(p.gradients, x.wanted & kScale, size);
   }
 
@@ -119,6 +129,9 @@ struct Planned {
       s.inv = take(norm, std::max<int64_t>(layer.in, ld));
       s.p = take(weight && params[layer.weight].left, layer.out * ld);
       s.q = take(weight && l > 0, samples * padded(layer.in));
+      const bool dense = weight && layer.form == kDense;
+      s.g = take(dense, layer.out * padded(layer.in));
+      s.g_c = dense && params[layer.weight].right ? take(true, layer.out * padded(layer.in)) : s.g;
       s.g_w = take(norm, layer.in);
       s.g_b = take(layer.bias >= 0, layer.out);
     }
@@ -146,11 +159,48 @@ struct Planned {
     p.x_rows = take(steps, rows);
     p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
     p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
+    if (p.gram.used) place_gram(end);
     const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, 1);
     p.records = take(true, kept * p.support.size);
     p.query_record = take(true, p.query.size);
-    p.thetas = take(true, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.theta);
+    p.thetas = take(true, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.later);
     p.tape = end;
+  }
+
+  void place_gram(int64_t& end) {
+    const Plan& p = plan;
+    Gram& g = plan.gram;
+    const auto take = [&](bool there, int64_t n) {
+      const int64_t at = end;
+      if (there) end += padded(n);
+      return at;
+    };
+    const int64_t ld = p.support.ld, samples = p.support.samples, n = layers[0].out;
+    g.m = take(true, samples * ld);
+    g.m_t = take(true, samples * ld);
+    g.n = take(p.has_query, samples * p.query.ld);
+    g.n_t = take(p.has_query, p.query.samples * ld);
+    g.y = take(true, n * ld);
+    g.y_beta = take(params[layers[0].weight].bias, n * ld);
+    g.p = take(true, n * ld);
+    g.x_q_rows = take(p.has_query, p.query.samples * padded(p.in));
+  }
+  void place_gram_work() {
+    const Plan& p = plan;
+    Gram& g = plan.gram;
+    const auto take = [&](int64_t n) {
+      const int64_t at = g.work;
+      g.work += padded(n);
+      return at;
+    };
+    const int64_t ld = p.support.ld, n = layers[0].out;
+    g.base = take(n * ld);
+    g.e = take(n * ld);
+    g.sum = take(n * ld);
+    g.cross = take(p.support.samples * ld);
+    g.cross_t = take(p.support.samples * ld);
+    g.back = take(p.query.samples * ld);
+    g.forth = take(p.support.samples * p.query.ld);
   }
 
   void measure_scratch() {
@@ -166,14 +216,17 @@ struct Planned {
     }
     rows_in_ = std::max(rows_in_, samples * p.ld_in);
     for (const Layer& layer : layers) {
+      if (layer.kind == kLinear && layer.form == kDense)
+        dense_ = std::max(dense_, 2 * layer.out * padded(layer.in) + layer.in * padded(layer.out));
       lanes = std::max({lanes, padded(layer.in), padded(layer.out)});
       cols_out_ = std::max(cols_out_, layer.out * ld);
       cols_in_ = std::max(cols_in_, layer.in * ld);
     }
     p.lanes = lanes;
-    const int64_t room = rows_in_ + rows_out_ + cols_out_ + cols_in_ + square_ + 6 * lanes;
+    const int64_t room = rows_in_ + rows_out_ + cols_out_ + cols_in_ + square_ + dense_ + 6 * lanes;
     scratch[0] = room;
-    scratch[1] = room + p.support.work + p.query.size + p.theta + 2 * cols_in_ + p.gradients;
+    scratch[1] =
+        room + p.support.work + p.query.size + p.later + 2 * cols_in_ + p.gram.work + p.gradients;
   }
 };
 

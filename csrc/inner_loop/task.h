@@ -9,7 +9,7 @@
 // docs/inner_loop.md has the derivation.
 #pragma once
 
-#include "inner_loop/places.h"
+#include "inner_loop/gram.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
@@ -66,41 +66,27 @@ class Task : private Places<Exec> {
     ex.each(1, [=](int64_t) { to.loss[0] = loss; });
   }
 
-  // theta_K of one parameter
-  FASTKFO_FN const S* adapted(const Param& p) const { return theta(plan.steps, p); }
-
   // The gradients, for the cotangent of the query loss, and those that lambda begins with, which
   // the caller has put into the block of gradients (zeros if there are none).
   FASTKFO_FN void backward(S cotangent, S* x_s_grad, S* x_q_grad) {
+    if (gram()) GramLayer<Exec>(*this).clear_backward();
     if (plan.has_query_targets) query_backward(cotangent, x_q_grad);
-    if (plan.want_x_s) {
-      S* to = scratch.x_s_grad;
-      ex.each(int64_t(plan.in) * plan.support.ld, [=](int64_t i) { to[i] = 0; });
-    }
-    const Layer& first = plan.layer[0];
-    const bool fixed = plan.steps > 0 && first.kind == kLinear;
-    if (fixed) {
-      S* to = scratch.fixed;
-      const int64_t n = int64_t(plan.in) * plan.support.ld;
-      ex.each(n, [=](int64_t i) { to[i] = 0; });
-    }
+    if (plan.want_x_s) clear(scratch.x_s_grad, plan.support);
+    if (sums_lambda_p()) clear(scratch.fixed, plan.support);
     for (int k = plan.steps - 1; k >= 0; --k) {
       const S* record = support_record(k);
-      adjoint(record, fixed);
+      adjoint(record);
       if (plan.first_order) continue;
       tangent_forward(record, k);
       tangent_backward(record, k);
     }
-    if (fixed) {
-      const Param& p = plan.param[first.weight];
-      if (S* to = gradients(p).c) {
-        const Operands<S> by = operands(p);
-        WeightUpdate<Exec>{ex, p, by}.right_gradient(weight_step(support_record(0), 0),
-                                                     scratch.fixed, to);
-      }
-    }
+    first_layer_backward();
     if (plan.want_x_s) give_features(scratch.x_s_grad, plan.support, x_s_grad);
   }
+
+  // After that: adds to `to`, whose rows are padded, a gradient that is not in the block of
+  // gradients: of theta, C (transposed) or beta of the first layer, in the gram form.
+  FASTKFO_FN void late(int64_t wanted, S* to) { GramLayer<Exec>(*this).late(wanted, d_q(), to); }
 
  private:
   // Data in and out.
@@ -129,12 +115,30 @@ class Task : private Places<Exec> {
     if (plan.layer[0].kind != kLinear) return;
     const Param& p = plan.param[plan.layer[0].weight];
     const Operands<S> by = operands(p);
-    const WeightUpdate<Exec> update{ex, p, by};
+    const WeightUpdate<Exec> update{ex, p, by, scratch.room};
     const int64_t ld = p.ld;
-    if (!p.right) return;
-    update.right(x(), pass.samples, pass.ld, tape + plan.q0);
-    if (plan.keep)
-      ex.transpose(pass.samples, p.cols, tape + plan.q0, ld, tape + plan.q0_t, pass.ld);
+    if (p.right && plan.layer[0].form != kDense) {
+      update.right(x(), pass.samples, pass.ld, tape + plan.q0);
+      if (plan.keep && !gram())
+        ex.transpose(pass.samples, p.cols, tape + plan.q0, ld, tape + plan.q0_t, pass.ld);
+    }
+    if (gram()) GramLayer<Exec>(*this).begin();
+  }
+  FASTKFO_FN bool gram() const { return plan.gram.used; }
+  // Whether the sum of lambda' P over the steps is what the gradients of C, and those of the
+  // inputs, are made of in the end.
+  FASTKFO_FN bool sums_lambda_p() const {
+    const Layer& first = plan.layer[0];
+    if (plan.steps == 0 || first.kind != kLinear || first.form != kFactored) return false;
+    const Param& p = plan.param[first.weight];
+    return (p.right && p.wanted & kRight) || (plan.want_x_s && !plan.first_order);
+  }
+  FASTKFO_FN void clear(S* to, const Pass& pass) {
+    ex.each(int64_t(plan.in) * pass.ld, [=](int64_t i) { to[i] = 0; });
+  }
+  // The cotangent of the first layer's outputs in the query, or null
+  FASTKFO_FN const S* d_q() const {
+    return plan.has_query_targets ? scratch.query + plan.query.slots[0].d : nullptr;
   }
 
   // Passes.
@@ -143,8 +147,14 @@ class Task : private Places<Exec> {
       const Layer& layer = plan.layer[l];
       const Span<S> at = span(pass, x0, record, record, l);
       if (layer.kind == kLinear) {
-        Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.forward(theta(k, layer.weight),
-                                                                         theta(k, layer.bias));
+        const Linear<Exec> linear{ex, layer, at, plan.param[layer.weight].ld};
+        if (l > 0 || !gram())
+          linear.forward(theta(k, layer.weight));
+        else if (&pass == &plan.support)
+          GramLayer<Exec>(*this).support(k, at.y);
+        else
+          GramLayer<Exec>(*this).query(at.x, at.y);
+        linear.add_bias(at.y, theta(k, layer.bias));
       } else if (layer.kind == kBatchNorm) {
         this->template norm<true>(layer, at, record, pass.slots[l], k).forward(statistics);
         if (statistics) statistics += 2 * layer.in;
@@ -166,7 +176,9 @@ class Task : private Places<Exec> {
       const Layer& layer = plan.layer[l];
       Span<S> at = span(pass, x0, record, cotangents, l);
       if (l == 0) at.d_x = scratch.room.cols_in;
-      if (layer.kind == kLinear)
+      if (layer.kind == kLinear && l == 0 && gram())
+        GramLayer<Exec>(*this).query_gradient(at.d_y, at.d_x);
+      else if (layer.kind == kLinear)
         Linear<Exec>{ex, layer, at, plan.param[layer.weight].ld}.backward(theta(k, layer.weight));
       else if (layer.kind == kBatchNorm)
         this->template norm<true>(layer, at, record, pass.slots[l], k).backward();
@@ -203,11 +215,19 @@ class Task : private Places<Exec> {
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
         const Operands<S> by = operands(p);
-        const WeightUpdate<Exec> update{ex, p, by};
+        const WeightUpdate<Exec> update{ex, p, by, scratch.room};
         const WeightStep<S> w = weight_step(record, l);
-        if (p.left) update.left(w, record + s.p);
-        if (l > 0) update.right(w.x, w.samples, w.ld, record + s.q);
-        update.step(w, theta(k, p), next + p.at, scratch.room);
+        if (layer.form == kDense) {
+          if (l > 0) ex.transpose(p.cols, w.samples, w.x, w.ld, record + s.q, p.ld);
+          update.gradient(w, record + s.g, record + s.g_c);
+        } else {
+          if (p.left) update.left(w, record + s.p);
+          if (l > 0) update.right(w.x, w.samples, w.ld, record + s.q);
+        }
+        if (layer.form == kGram)
+          GramLayer<Exec>(*this).step(w.p);
+        else
+          update.step(layer.form, w, theta(k, p), next + p.next);
       } else {
         vector_step(layer.weight, record + s.g_w, k);
       }
@@ -218,10 +238,10 @@ class Task : private Places<Exec> {
     if (index < 0) return;
     const Param& p = plan.param[index];
     const Operands<S> by = operands(p);
-    VectorUpdate<Exec>{ex, p, by}.step(g, theta(k, p), theta_after(k + 1) + p.at, scratch.lanes);
+    VectorUpdate<Exec>{ex, p, by}.step(g, theta(k, p), theta_after(k + 1) + p.next, scratch.lanes);
   }
 
-  // lambda_K, and V of the last step where that is cheaper from the query's rows
+  // lambda_K
   FASTKFO_FN void query_backward(S cotangent, S* x_q_grad) {
     const Pass& pass = plan.query;
     S* record = tape + plan.query_record;
@@ -242,6 +262,10 @@ class Task : private Places<Exec> {
         add_vector(layer.weight, g_w);
         continue;
       }
+      if (l == 0 && gram()) {
+        GramLayer<Exec>(*this).begin_backward(at.d_y);
+        continue;
+      }
       const Param& p = plan.param[layer.weight];
       S *rows = scratch.room.rows_in, *lambda = lambda_of(layer.weight);
       ex.transpose(p.cols, pass.samples, at.x, pass.ld, rows, p.ld);
@@ -256,28 +280,54 @@ class Task : private Places<Exec> {
   }
 
   // The gradients of the operands in step k, and what the derivatives along V begin with
-  FASTKFO_FN void adjoint(const S* record, bool fixed) {
+  FASTKFO_FN void adjoint(const S* record) {
     for (int l = 0; l < plan.layers; ++l) {
       const Layer& layer = plan.layer[l];
-      const Slots& s = plan.support.slots[l];
-      if (layer.kind == kLinear) {
-        const Param& p = plan.param[layer.weight];
-        const Operands<S> by = operands(p);
-        const WeightStep<S> step = weight_step(record, l);
-        const Span<S> at = tangent_span(record, l);
-        const bool tangents = !plan.first_order;
-        if (l > 0 && p.right && (tangents || p.wanted & kRight))
-          ex.transpose(p.cols, at.samples, step.x, at.ld, scratch.record + s.rows, p.ld);
-        WeightUpdate<Exec>{ex, p, by}.adjoint(
-            step, lambda_of(layer.weight), gradients(p), scratch.room,
-            l == 0 && fixed && p.wanted & kRight ? scratch.fixed : nullptr,
-            tangents ? at.y_t : nullptr, tangents ? at.d_x_t : nullptr,
-            l == 0 ? at.d_x_t : nullptr);
-      } else {
-        vector_adjoint(layer.weight, record + s.g_w);
-      }
-      vector_adjoint(layer.bias, record + s.g_b);
+      if (layer.kind == kLinear)
+        weight_adjoint(record, l);
+      else
+        vector_adjoint(layer.weight, record + plan.support.slots[l].g_w);
+      vector_adjoint(layer.bias, record + plan.support.slots[l].g_b);
     }
+  }
+  FASTKFO_FN void weight_adjoint(const S* record, int l) {
+    const Layer& layer = plan.layer[l];
+    const Param& p = plan.param[layer.weight];
+    const Operands<S> by = operands(p);
+    const WeightStep<S> step = weight_step(record, l);
+    const WeightUpdate<Exec> update{ex, p, by, scratch.room};
+    const Span<S> at = tangent_span(record, l);
+    const S* lambda = lambda_of(layer.weight);
+    const bool tangents = !plan.first_order;
+    Along<S> along{tangents ? at.y_t : nullptr, tangents ? at.d_x_t : nullptr,
+                   l == 0 ? at.d_x_t : nullptr};
+    if (layer.form == kDense) return update.dense_adjoint(step, lambda, gradients(p), along);
+    if (layer.form == kGram) return GramLayer<Exec>(*this).adjoint(step, gradients(p), along.v_x);
+    if (l == 0) along.v_d = nullptr;  // from their sum in the end
+    if (l > 0 && p.right && (tangents || p.wanted & kRight))
+      ex.transpose(p.cols, at.samples, step.x, at.ld, scratch.record + plan.support.slots[l].rows,
+                   p.ld);
+    update.factored_adjoint(step, lambda, gradients(p),
+                            l == 0 && sums_lambda_p() ? scratch.fixed : nullptr, along);
+  }
+  // What the first layer does once for all steps
+  FASTKFO_FN void first_layer_backward() {
+    const bool to_inputs = plan.want_x_s && !plan.first_order;
+    const S* query_d = d_q();
+    if (gram()) {
+      const GramLayer<Exec> first(*this);
+      first.end_backward(query_d ? tape + plan.query_record + plan.query.slots[0].a : nullptr,
+                         query_d);
+      if (to_inputs) first.support_gradient(scratch.x_s_grad);
+    }
+    if (!sums_lambda_p()) return;
+    const Param& p = plan.param[plan.layer[0].weight];
+    const Operands<S> by = operands(p);
+    const WeightUpdate<Exec> update{ex, p, by, scratch.room};
+    const WeightStep<S> step = weight_step(support_record(0), 0);
+    if (S* to = gradients(p).c) update.right_gradient(step, scratch.fixed, to);
+    S* inputs = scratch.x_s_grad;
+    if (to_inputs) update.right_tangent(step, scratch.fixed, {nullptr, inputs, inputs});
   }
   FASTKFO_FN void vector_adjoint(int index, const S* g) {
     if (index < 0) return;
@@ -325,8 +375,13 @@ class Task : private Places<Exec> {
       const Span<S> at = tangent_span(record, l);
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
-        if (at.d_x_t) Linear<Exec>{ex, layer, at, p.ld}.backward_tangent(theta(k, p));
-        weight_tangent(record, at, l);
+        const bool in_the_end = l == 0 && gram();
+        if (at.d_x_t && !in_the_end)
+          Linear<Exec>{ex, layer, at, p.ld}.backward_tangent(theta(k, p));
+        if (in_the_end)
+          GramLayer<Exec>(*this).add(at.d_y_t);
+        else
+          weight_tangent(record, at, l);
         if (layer.bias >= 0) {
           const S* d_t = at.d_y_t;
           S* g = along + s.g_b;

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastkfo.functional.cross_entropy import check_range
-from fastkfo.functional.inner_loop import InnerLoopResult, Spec, flattened, run
+from fastkfo.functional.inner_loop_autograd import run
+from fastkfo.functional.inner_loop_spec import InnerLoopResult, Spec, flattened
 from fastkfo.inner_loop.buffers import TaskBuffers
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.known_models import Unfusable, read_model

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastkfo.functional.gram import gram_unchecked
-from fastkfo.functional.inner_loop import times
+from fastkfo.functional.inner_loop_checks import times
 from fastkfo.inner_loop.known_models import Unfusable
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.parameter_update import ParameterUpdate
