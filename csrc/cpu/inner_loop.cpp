@@ -6,8 +6,8 @@
 #include "cpu/inner_loop_kernels.h"
 #include "cpu/inner_loop_sums.h"
 #include "cpu/levels.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "inner_loop/ops.h"
 
 namespace fastkfo::cpu {
 namespace {
@@ -54,7 +54,8 @@ struct Workspace {
     const Planned& planned = prepared.planned;
     const int64_t pad = planned.pad, operands = prepared.any_own() ? planned.plan.operands : 0;
     const int64_t kept = needs_tape ? planned.plan.tape : 0;
-    own = aligned(scratch.take(operands + kept + planned.scratch[backward] + pad));
+    own = aligned(scratch.take(
+        operands + kept + (backward ? planned.plan.work.all : planned.plan.work.forward) + pad));
     tape = own + operands;
     work = tape + kept;
   }
@@ -85,53 +86,16 @@ void check_labels(const Call& call, const Plan& plan) {
 }
 
 template <class S>
-int64_t tape_of(Call& call) {
-  return Prepared<S>(call, true, {}, false, false).plan().tape;
+void look(const Outputs<S>& outputs, int64_t t) {
+  const Plan& plan = outputs.plan;
+  const Results<S> r = outputs.of_task(t);
+  bool good = is_finite(r.support_loss, 0, 1, plan.steps);
+  if (r.loss)
+    good = good && is_finite(r.loss, 0, 1, 1);
+  else if (r.predictions)
+    good = good && is_finite(r.predictions, 0, 1, int64_t(plan.query.samples) * plan.classes);
+  static_cast<bool*>(outputs.finite.data_ptr())[t] = good;
 }
-
-template <class S>
-void check_tape(const Tensor& tape, const Prepared<S>& prepared, const Tensor& like) {
-  STD_TORCH_CHECK(tape.dim() == 2 && tape.size(0) == prepared.tasks &&
-                      tape.size(1) == prepared.plan().tape && tape.is_contiguous(),
-                  "fastkfo: not the tape of this call");
-  same_dtype(tape, like, "tape");
-}
-
-// What a pass forwards returns: query losses, support losses, predictions, statistics, whether a
-// task's losses are finite.
-template <class S>
-struct Outputs {
-  const Plan& plan;
-  Tensor loss, support_loss, predictions, statistics, finite;
-  int64_t passes;
-
-  Outputs(const Prepared<S>& prepared, const Tensor& like) : plan(prepared.plan()) {
-    const int64_t tasks = prepared.tasks;
-    passes = plan.steps + (plan.has_query ? 1 : 0);
-    loss = empty_of(like, {plan.has_query_targets ? tasks : 0});
-    support_loss = empty_of(like, {tasks, plan.steps});
-    predictions = empty_of(like, {plan.has_query ? tasks : 0, plan.query.samples, plan.classes});
-    statistics = empty_of(like, {tasks, passes, plan.statistics});
-    finite = torch::stable::empty({tasks}, ScalarType::Bool);
-  }
-  Results<S> of_task(int64_t t) const {
-    const int64_t predicted = int64_t(plan.query.samples) * plan.classes;
-    return {plan.has_query_targets ? data_of<S>(loss) + t : nullptr,
-            data_of<S>(support_loss) + t * plan.steps,
-            plan.has_query ? data_of<S>(predictions) + t * predicted : nullptr,
-            plan.statistics ? data_of<S>(statistics) + t * passes * plan.statistics : nullptr};
-  }
-  void look(int64_t t) const {
-    const Results<S> r = of_task(t);
-    bool good = is_finite(r.support_loss, 0, 1, plan.steps);
-    if (r.loss)
-      good = good && is_finite(r.loss, 0, 1, 1);
-    else if (r.predictions)
-      good = good && is_finite(r.predictions, 0, 1, int64_t(plan.query.samples) * plan.classes);
-    static_cast<bool*>(finite.data_ptr())[t] = good;
-  }
-  Tensors list() const { return {loss, support_loss, predictions, statistics, finite}; }
-};
 
 template <class S>
 Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
@@ -139,16 +103,12 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   const Prepared<S> prepared(call, keep, {}, false, false);
   if (keep) check_tape(*tape, prepared, call.x_s);
   const Plan& plan = prepared.plan();
-  STD_TORCH_CHECK(!adapted || !plan.gram.used, "fastkfo: the gram form has no theta_K");
   check_labels(call, plan);
   const int64_t tasks = prepared.tasks;
   const Outputs<S> outputs(prepared, call.x_s);
   Tensors results = outputs.list();
   const auto& params = prepared.planned.params;
-  if (adapted)
-    for (const Param& p : params)
-      results.push_back(p.rows == 1 && p.m == 1 ? empty_of(call.x_s, {tasks, p.cols})
-                                                : empty_of(call.x_s, {tasks, p.rows, p.cols}));
+  if (adapted) outputs.append_adapted(params, results);
   const SharedBlock<S> shared(prepared);
   const bool any_own = prepared.any_own();
   parallel_units(std::vector<int64_t>(tasks, prepared.operations()), [&](int64_t t) {
@@ -156,9 +116,9 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
     S* own_tape = keep ? data_of<S>(*tape) + t * plan.tape : space.tape;
     if (any_own) prepared.fill(true, t, space.own);
     const Blocks<S> blocks{shared.data, space.own};
-    kernels<S>().forward(plan, blocks, prepared.planned.template carve<S>(space.work), own_tape,
-                         prepared.data(t), outputs.of_task(t));
-    outputs.look(t);
+    kernels<S>().forward(plan, blocks, work_at(plan.work, space.work), own_tape, prepared.data(t),
+                         outputs.of_task(t));
+    look(outputs, t);
     if (!adapted) return;
     const int64_t last = keep ? plan.steps - 1 : plan.steps % 2;
     for (size_t i = 0; i < params.size(); ++i) {
@@ -171,32 +131,11 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   return results;
 }
 
-// Where a task's gradients in its inputs go.
 template <class S>
-struct InputGradients {
-  const Plan& plan;
-  Tensor x_s, x_q;
-  InputGradients(const Prepared<S>& prepared, const Tensor& like) : plan(prepared.plan()) {
-    const int64_t tasks = prepared.tasks;
-    x_s = empty_of(like, {plan.want_x_s ? tasks : 0, plan.support.samples, plan.in});
-    x_q = empty_of(like, {plan.want_x_q ? tasks : 0, plan.query.samples, plan.in});
-  }
-  int64_t size(const Pass& pass) const { return int64_t(pass.samples) * plan.in; }
-  S* support(int64_t t) const {
-    return plan.want_x_s ? data_of<S>(x_s) + t * size(plan.support) : nullptr;
-  }
-  S* query(int64_t t) const {
-    return plan.want_x_q ? data_of<S>(x_q) + t * size(plan.query) : nullptr;
-  }
-  void clear(int64_t t) const {
-    if (S* to = support(t)) std::fill(to, to + size(plan.support), S(0));
-    if (S* to = query(t)) std::fill(to, to + size(plan.query), S(0));
-  }
-  void list(Tensors& results) const {
-    if (plan.want_x_s) results.push_back(x_s);
-    if (plan.want_x_q) results.push_back(x_q);
-  }
-};
+void clear(const InputGradients<S>& inputs, int64_t t) {
+  if (S* to = inputs.support(t)) std::fill(to, to + inputs.size(inputs.plan.support), S(0));
+  if (S* to = inputs.query(t)) std::fill(to, to + inputs.size(inputs.plan.query), S(0));
+}
 
 // Whether what `late` multiplies is finite, and its products are too: by sums of magnitudes, so
 // that no product has to be formed.
@@ -254,9 +193,9 @@ Tensors gradient(Call& call, const Ints& wanted, bool want_x_s, bool want_x_q) {
       const Workspace<S> space(prepared, true, true);
       if (any_own) prepared.fill(true, t, space.own);
       const Blocks<S> blocks{shared.data, space.own};
-      const Work<S> work = prepared.planned.template carve<S>(space.work);
+      const Work<S> work = work_at(plan.work, space.work);
       kernels<S>().forward(plan, blocks, work, space.tape, prepared.data(t), outputs.of_task(t));
-      outputs.look(t);
+      look(outputs, t);
       std::fill(work.gradients, work.gradients + plan.gradients, S(0));
       kernels<S>().backward(plan, blocks, work, space.tape, S(1), inputs.support(t),
                             inputs.query(t));
@@ -269,51 +208,24 @@ Tensors gradient(Call& call, const Ints& wanted, bool want_x_s, bool want_x_q) {
   return results;
 }
 
-// The cotangents that a backward pass begins with.
+// The cotangents of adapted parameters to the block of gradients, which is zero. Returns whether
+// any is not.
 template <class S>
-struct Cotangents {
-  const std::vector<Param>& params;
-  MaybeTensor& loss;
-  MaybeTensors& adapted;
-
-  Cotangents(const Prepared<S>& prepared, MaybeTensor& d_loss, MaybeTensors& d_adapted,
-             const Tensor& like)
-      : params(prepared.planned.params), loss(d_loss), adapted(d_adapted) {
-    if (loss.has_value()) {
-      STD_TORCH_CHECK(loss->numel() == prepared.tasks && prepared.plan().has_query_targets,
-                      "fastkfo: bad d_loss");
-      same_dtype(*loss, like, "d_loss");
-      contiguous(*loss);
-    }
-    STD_TORCH_CHECK(
-        adapted.empty() || (adapted.size() == params.size() && !prepared.plan().gram.used),
-        "fastkfo: bad d_adapted");
-    for (size_t i = 0; i < adapted.size(); ++i) {
-      if (!adapted[i].has_value()) continue;
-      same_dtype(*adapted[i], like, "d_adapted");
-      STD_TORCH_CHECK(adapted[i]->numel() == prepared.tasks * params[i].rows * params[i].cols,
-                      "fastkfo: bad d_adapted");
-      contiguous(*adapted[i]);
-    }
+bool put(const Cotangents<S>& cotangents, int64_t t, S* g) {
+  bool any = false;
+  for (size_t i = 0; i < cotangents.adapted.size(); ++i) {
+    if (!cotangents.adapted[i].has_value()) continue;
+    const Param& p = cotangents.params[i];
+    const S* from = data_of<S>(*cotangents.adapted[i]) + t * p.rows * p.cols;
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int64_t k = 0; k < p.cols; ++k) {
+        const S x = from[r * p.cols + k];
+        any = any || x != 0;
+        g[p.g + r * p.ld + k] = x;
+      }
   }
-  S of_loss(int64_t t) const { return loss.has_value() ? data_of<S>(*loss)[t] : S(0); }
-  // To the block of gradients, which is zero. Returns whether any is not.
-  bool put(int64_t t, S* g) const {
-    bool any = false;
-    for (size_t i = 0; i < adapted.size(); ++i) {
-      if (!adapted[i].has_value()) continue;
-      const Param& p = params[i];
-      const S* from = data_of<S>(*adapted[i]) + t * p.rows * p.cols;
-      for (int64_t r = 0; r < p.rows; ++r)
-        for (int64_t k = 0; k < p.cols; ++k) {
-          const S x = from[r * p.cols + k];
-          any = any || x != 0;
-          g[p.g + r * p.ld + k] = x;
-        }
-    }
-    return any;
-  }
-};
+  return any;
+}
 
 template <class S>
 Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tensor& tape,
@@ -332,14 +244,14 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
     for (int64_t t = sums.first_task(part); t < sums.first_task(part + 1); ++t) {
       const Workspace<S> space(prepared, false, true);
       if (any_own) prepared.fill(true, t, space.own);
-      const Work<S> work = prepared.planned.template carve<S>(space.work);
+      const Work<S> work = work_at(plan.work, space.work);
       std::fill(work.gradients, work.gradients + plan.gradients, S(0));
-      const bool adapted = cotangents.put(t, work.gradients);
-      const S c = cotangents.of_loss(t);
+      const bool adapted = put(cotangents, t, work.gradients);
+      const S c = d_loss.has_value() ? data_of<S>(*d_loss)[t] : S(0);
       const Blocks<S> blocks{shared.data, space.own};
       S* own_tape = data_of<S>(tape) + t * plan.tape;
       if (c == 0 && !adapted) {  // contributes exactly nothing, whatever its numbers are
-        inputs.clear(t);
+        clear(inputs, t);
         sums.add(part, t, work.gradients, true, [](int64_t, S*) {});
         continue;
       }
@@ -353,119 +265,32 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
   return results;
 }
 
-template <class F>
-auto by_dtype(const Tensor& x, const F& run) -> decltype(run(float{})) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    default:
-      STD_TORCH_CHECK(false, "fastkfo: expected float32 or float64");
-  }
+template <class S>
+int64_t tape_of(Call& call) {
+  return Prepared<S>(call, true, {}, false, false).plan().tape;
 }
 
-MaybeTensors optional(Tensors tensors) { return MaybeTensors(tensors.begin(), tensors.end()); }
+struct Cpu {
+  static Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
+    return by_dtype(call.x_s,
+                    [&](auto s) { return cpu::forward<decltype(s)>(call, tape, adapted); });
+  }
+  static int64_t tape(Call& call) {
+    return by_dtype(call.x_s, [&](auto s) { return tape_of<decltype(s)>(call); });
+  }
+  static Tensors gradient(Call& call, const Ints& wanted, bool x_s, bool x_q) {
+    return by_dtype(call.x_s,
+                    [&](auto s) { return cpu::gradient<decltype(s)>(call, wanted, x_s, x_q); });
+  }
+  static Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tensor& tape,
+                          const Ints& wanted, bool x_s, bool x_q) {
+    return by_dtype(call.x_s, [&](auto s) {
+      return cpu::backward<decltype(s)>(call, d_loss, d_adapted, tape, wanted, x_s, x_q);
+    });
+  }
+};
 
 }  // namespace
-
-Tensors inner_loop_forward(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                           MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                           MaybeTensor y_q, MaybeTensor tape, Ints layers, Floats constants,
-                           Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
-                           int64_t forms, bool psd, bool adapted) {
-  Call call{{optional(theta), left, right, bias, scale},
-            x_s,
-            y_s,
-            x_q,
-            y_q,
-            layers,
-            constants,
-            alpha,
-            steps,
-            loss,
-            query_loss,
-            forms,
-            psd,
-            false};
-  return by_dtype(x_s, [&](auto s) { return forward<decltype(s)>(call, tape, adapted); });
-}
-
-int64_t inner_loop_tape(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                        MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                        MaybeTensor y_q, Ints layers, Floats constants, Floats alpha, int64_t steps,
-                        int64_t loss, int64_t query_loss, int64_t forms, bool psd) {
-  Call call{{optional(theta), left, right, bias, scale},
-            x_s,
-            y_s,
-            x_q,
-            y_q,
-            layers,
-            constants,
-            alpha,
-            steps,
-            loss,
-            query_loss,
-            forms,
-            psd,
-            false};
-  return by_dtype(x_s, [&](auto s) { return tape_of<decltype(s)>(call); });
-}
-
-Tensors inner_loop_gradient(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                            MaybeTensors scale, Tensor x_s, Tensor y_s, Tensor x_q, Tensor y_q,
-                            Ints layers, Floats constants, Floats alpha, int64_t steps,
-                            int64_t loss, int64_t query_loss, int64_t forms, bool psd,
-                            bool first_order, Ints wanted, bool want_x_s, bool want_x_q) {
-  Call call{{optional(theta), left, right, bias, scale},
-            x_s,
-            y_s,
-            x_q,
-            y_q,
-            layers,
-            constants,
-            alpha,
-            steps,
-            loss,
-            query_loss,
-            forms,
-            psd,
-            first_order};
-  return by_dtype(x_s,
-                  [&](auto s) { return gradient<decltype(s)>(call, wanted, want_x_s, want_x_q); });
-}
-
-Tensors inner_loop_backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
-                            MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                            MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
-                            MaybeTensor y_q, Tensor tape, Ints layers, Floats constants,
-                            Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
-                            int64_t forms, bool psd, bool first_order, Ints wanted, bool want_x_s,
-                            bool want_x_q) {
-  Call call{{optional(theta), left, right, bias, scale},
-            x_s,
-            y_s,
-            x_q,
-            y_q,
-            layers,
-            constants,
-            alpha,
-            steps,
-            loss,
-            query_loss,
-            forms,
-            psd,
-            first_order};
-  return by_dtype(x_s, [&](auto s) {
-    return backward<decltype(s)>(call, d_loss, d_adapted, tape, wanted, want_x_s, want_x_q);
-  });
-}
-
 }  // namespace fastkfo::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastkfo, CPU, m) {
-  m.impl("inner_loop_forward", TORCH_BOX(&fastkfo::cpu::inner_loop_forward));
-  m.impl("inner_loop_tape", TORCH_BOX(&fastkfo::cpu::inner_loop_tape));
-  m.impl("inner_loop_gradient", TORCH_BOX(&fastkfo::cpu::inner_loop_gradient));
-  m.impl("inner_loop_backward", TORCH_BOX(&fastkfo::cpu::inner_loop_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastkfo, CPU, m) { fastkfo::inner_loop::implement<fastkfo::cpu::Cpu>(m); }

@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/inner_loop_call.h"
+#include "cpu/inner_loop_operands.h"
+#include "inner_loop/results.h"
 
 namespace fastkfo::cpu {
 
@@ -35,35 +36,6 @@ bool is_finite(const S* x, int64_t ld, int64_t rows, int64_t columns) {
   S sum = 0;
   for (const S x_sum : sums) sum += x_sum;
   return sum == 0;
-}
-
-// One gradient that is returned.
-template <class S>
-struct Output {
-  int64_t rows, columns, ld, at;  // where a task leaves it
-  bool own, late;                 // of every task; formed from what a task leaves
-  size_t param;
-  int which;
-  Tensor tensor;  // of the operand's shape
-  int64_t part;   // where it lies in a part's sums, its rows padded
-  int64_t size() const { return rows * ld; }
-};
-
-template <class S>
-std::vector<Output<S>> outputs_of(const Prepared<S>& prepared, const Call& call) {
-  std::vector<Output<S>> outputs;
-  for (size_t i = 0; i < prepared.planned.params.size(); ++i) {
-    const Param& p = prepared.planned.params[i];
-    const int64_t at[] = {p.g, p.g_a, p.g_c, p.g_beta, p.g_s};
-    for (int which = 0; which < kOperands; ++which) {
-      if (!(p.wanted & (1 << which))) continue;
-      const int64_t rows = prepared.rows(p, which), columns = prepared.columns(p, which);
-      outputs.push_back({rows, columns, prepared.planned.padded(columns), at[which], p.own[which],
-                         p.late && which != 1, i, which,
-                         empty_shaped_like(*call.operands[which][i]), 0});
-    }
-  }
-  return outputs;
 }
 
 // The sums of one gradient, or those of one task, to where they are returned. g: as a task leaves

@@ -71,28 +71,4 @@ Operand<T, RANK> operand(MaybeTensors& tensors, int64_t item, const Strides<RANK
   return operand<T>(*tensors[item], shape, name, item);
 }
 
-// An uninitialised tensor with the dtype and device of `like`.
-inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank) {
-  std::vector<int64_t> strides(rank);
-  int64_t step = 1;
-  for (int64_t k = rank; k-- > 0;) {
-    strides[k] = step;
-    step *= sizes[k];
-  }
-  int32_t dtype = 0, device = 0, index = 0;
-  aoti_torch_get_dtype(like.get(), &dtype);
-  aoti_torch_get_device_type(like.get(), &device);
-  aoti_torch_get_device_index(like.get(), &index);
-  AtenTensorHandle handle = nullptr;
-  STD_TORCH_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides.data(), dtype, device, index, &handle) == 0,
-      "fastkfo: could not allocate an output");
-  return Tensor(handle);
-}
-
-inline Tensor empty_shaped_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  return empty(like, sizes.data(), static_cast<int64_t>(sizes.size()));
-}
-
 }  // namespace fastkfo::cpu

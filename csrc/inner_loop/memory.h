@@ -3,6 +3,14 @@
 
 #include <cstdint>
 
+#include "inner_loop/plan.h"
+
+#if defined(__CUDACC__)
+#define FASTKFO_ANYWHERE __host__ __device__
+#else
+#define FASTKFO_ANYWHERE
+#endif
+
 namespace fastkfo::inner_loop {
 
 // Room for one parameter at a time.
@@ -52,5 +60,19 @@ struct Work {
   S* x_s_grad;   // [in, ld]
   S* gradients;  // a block of gradients
 };
+
+template <class S>
+FASTKFO_ANYWHERE inline Work<S> work_at(const WorkPlaces& at, S* m) {
+  return {{m + at.rows_in, m + at.rows_out, m + at.cols_out, m + at.cols_in, m + at.square,
+           m + at.dense},
+          m + at.lanes,
+          m + at.record,
+          m + at.query,
+          m + at.v,
+          m + at.fixed,
+          m + at.gram,
+          m + at.x_s_grad,
+          m + at.gradients};
+}
 
 }  // namespace fastkfo::inner_loop

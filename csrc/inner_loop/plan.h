@@ -93,6 +93,13 @@ struct Gram {
   int64_t back, forth;    // D_q' P [queries, ld], P' D_q [samples, query ld]
 };
 
+// Where the pieces of working memory begin: see Work.
+struct WorkPlaces {
+  int64_t rows_in, rows_out, cols_out, cols_in, square, dense, lanes;
+  int64_t record, query, v, fixed, gram, x_s_grad, gradients;
+  int64_t forward, all;  // numbers that a forward pass needs, and with the backward pass
+};
+
 struct Plan {
   int32_t layers, params, steps, classes, in, ld_in;
   int32_t loss, query_loss;
@@ -102,6 +109,7 @@ struct Plan {
   const Param* param;
   Pass support, query;
   Gram gram;
+  WorkPlaces work;
   int64_t later, operands, gradients;  // sizes of blocks: theta_1 and its like, ...
   // A task's tape: what does not change from step to step, the records, theta_1 ... theta_K.
   int64_t x_rows, q0, q0_t;  // support inputs [samples, in], X C, its transpose

@@ -16,10 +16,9 @@ struct Planned {
   std::vector<Layer> layers;
   std::vector<Param> params;
   std::vector<Slots> support, query;
-  int64_t pad;         // numbers that rows are padded to
-  bool symmetric;      // A and C equal their transposes
-  int64_t forms;       // that may be chosen, as bits
-  int64_t scratch[2];  // numbers of scratch: forward, and with the backward pass
+  int64_t pad;     // numbers that rows are padded to
+  bool symmetric;  // A and C equal their transposes
+  int64_t forms;   // that may be chosen, as bits
 
   int64_t padded(int64_t n) const { return (n + pad - 1) / pad * pad; }
 
@@ -40,7 +39,7 @@ struct Planned {
     place_pass(p.query, query, p.has_query ? query_samples : 0);
     place_tape();
     if (p.gram.used) place_gram_work();
-    measure_scratch();
+    place_work();
     p.layer = layers.data();
     p.param = params.data();
     p.support.slots = support.data();
@@ -49,35 +48,7 @@ struct Planned {
       if (layer.kind == kBatchNorm) p.statistics += 2 * layer.in;
   }
 
-  // The pieces of scratch memory of plan.scratch numbers.
-  template <class S>
-  Work<S> carve(S* memory) const {
-    const Plan& p = plan;
-    const auto take = [&](int64_t size) {
-      S* piece = memory;
-      memory += size;
-      return piece;
-    };
-    Work<S> s{};
-    s.room.rows_in = take(rows_in_);
-    s.room.rows_out = take(rows_out_);
-    s.room.cols_out = take(cols_out_);
-    s.room.cols_in = take(cols_in_);
-    s.room.square = take(square_);
-    s.room.dense = take(dense_);
-    s.lanes = take(6 * p.lanes);
-    s.record = take(p.support.work);
-    s.query = take(p.query.size);
-    s.v = take(p.later);
-    s.fixed = take(cols_in_);
-    s.gram = take(p.gram.work);
-    s.x_s_grad = take(cols_in_);
-    s.gradients = take(p.gradients);
-    return s;
-  }
-
  private:
-  int64_t rows_in_ = 0, rows_out_ = 0, cols_out_ = 0, cols_in_ = 0, square_ = 0, dense_ = 0;
   const Param* late_ = nullptr;
 
   void place(Param& x) {
@@ -203,30 +174,49 @@ struct Planned {
     g.forth = take(p.support.samples * p.query.ld);
   }
 
-  void measure_scratch() {
+  void place_work() {
     Plan& p = plan;
     const int64_t samples = std::max(p.support.samples, p.query.samples);
     const int64_t ld = std::max(p.support.ld, p.query.ld);
-    int64_t lanes = std::max<int64_t>(ld, padded(samples));
+    int64_t rows_in = samples * p.ld_in, rows_out = 0, cols_out = 0, cols_in = 0, square = 0;
+    int64_t dense = 0, lanes = std::max<int64_t>(ld, padded(samples));
     for (const Param& x : params) {
       lanes = std::max({lanes, padded(x.rows), padded(x.cols), padded(x.n)});
-      rows_in_ = std::max(rows_in_, samples * x.ld);
-      rows_out_ = std::max(rows_out_, samples * padded(x.n));
-      square_ = std::max(square_, int64_t(x.rows) * x.ld);
+      rows_in = std::max(rows_in, samples * x.ld);
+      rows_out = std::max(rows_out, samples * padded(x.n));
+      square = std::max(square, int64_t(x.rows) * x.ld);
     }
-    rows_in_ = std::max(rows_in_, samples * p.ld_in);
     for (const Layer& layer : layers) {
       if (layer.kind == kLinear && layer.form == kDense)
-        dense_ = std::max(dense_, 2 * layer.out * padded(layer.in) + layer.in * padded(layer.out));
+        dense = std::max(dense, 2 * layer.out * padded(layer.in) + layer.in * padded(layer.out));
       lanes = std::max({lanes, padded(layer.in), padded(layer.out)});
-      cols_out_ = std::max(cols_out_, layer.out * ld);
-      cols_in_ = std::max(cols_in_, layer.in * ld);
+      cols_out = std::max(cols_out, layer.out * ld);
+      cols_in = std::max(cols_in, layer.in * ld);
     }
     p.lanes = lanes;
-    const int64_t room = rows_in_ + rows_out_ + cols_out_ + cols_in_ + square_ + dense_ + 6 * lanes;
-    scratch[0] = room;
-    scratch[1] =
-        room + p.support.work + p.query.size + p.later + 2 * cols_in_ + p.gram.work + p.gradients;
+    int64_t end = 0;
+    const auto take = [&](int64_t size) {
+      const int64_t at = end;
+      end += padded(size);
+      return at;
+    };
+    WorkPlaces& w = p.work;
+    w.rows_in = take(rows_in);
+    w.rows_out = take(rows_out);
+    w.cols_out = take(cols_out);
+    w.cols_in = take(cols_in);
+    w.square = take(square);
+    w.dense = take(dense);
+    w.lanes = take(6 * lanes);
+    w.forward = end;
+    w.record = take(p.support.work);
+    w.query = take(p.query.size);
+    w.v = take(p.later);
+    w.fixed = take(cols_in);
+    w.gram = take(p.gram.work);
+    w.x_s_grad = take(cols_in);
+    w.gradients = take(p.gradients);
+    w.all = end;
   }
 };
 

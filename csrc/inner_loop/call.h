@@ -1,18 +1,16 @@
-// What a fused inner loop is called with: checked, its tensors without gaps, with its plan.
+// What a fused inner loop is called with, on any device: checked, its tensors without gaps, with
+// its plan.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <vector>
 
-#include "cpu/gemm.h"
-#include "cpu/operand.h"
-#include "cpu/parallel.h"
+#include "common.h"
 #include "inner_loop/planner.h"
 
-namespace fastkfo::cpu {
+namespace fastkfo::inner_loop {
 
-using namespace fastkfo::inner_loop;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int kOperands = 5;  // theta, left, right, bias, scale: the order of the bits of Wanted
@@ -35,14 +33,16 @@ inline void contiguous(Tensor& x) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
 }
 
-// A call, checked, its tensors without gaps, and its plan.
 template <class S>
-class Prepared {
+class Checked {
  public:
   Planned planned;
   int64_t tasks;
 
-  Prepared(Call& call, bool keep, const Ints& wanted, bool want_x_s, bool want_x_q) : call_(call) {
+  // alignment: bytes that rows are padded to a multiple of
+  Checked(Call& call, int64_t alignment, bool keep, const Ints& wanted, bool want_x_s,
+          bool want_x_q)
+      : call_(call) {
     read_layers();
     read_inputs();
     read_operands(wanted);
@@ -54,7 +54,7 @@ class Prepared {
     plan.keep = keep;
     plan.want_x_s = want_x_s;
     plan.want_x_q = want_x_q;
-    planned.pad = 64 / sizeof(S);
+    planned.pad = alignment / static_cast<int64_t>(sizeof(S));
     planned.symmetric = call.psd;
     planned.forms = call.forms;
     planned.finish(call.x_s.size(1), plan.has_query ? call.x_q->size(1) : 0);
@@ -96,50 +96,11 @@ class Prepared {
     return given_rows(i, which) * columns(planned.params[i], which);
   }
   bool squared(int which) const { return call_.psd && (which == 1 || which == 2); }
-
-  // The operands that all tasks share (own = false), or those of task t, into a block.
-  void fill(bool own, int64_t t, S* block) const {
-    for (size_t i = 0; i < planned.params.size(); ++i) {
-      const Param& p = planned.params[i];
-      for (int which = 0; which < kOperands; ++which) {
-        const S* from = of(which, i);
-        if (!from || p.own[which] != own) continue;
-        if (own) from += t * given_size(i, which);
-        const int64_t places[] = {p.at, p.a, p.c, p.beta, p.s};
-        if (squared(which)) {
-          square(from, given_rows(i, which), columns(p, which), block + places[which]);
-          continue;
-        }
-        copy(from, rows(p, which), columns(p, which), block + places[which]);
-        if (which == 1 && p.a_t != p.a) transpose(from, p.n, block + p.a_t);
-        if (which == 2 && p.c_t != p.c) transpose(from, p.m, block + p.c_t);
-      }
-    }
-  }
-  // L' L: it is symmetric, so that a unit computes its rows from the diagonal on, and mirrors them.
-  void square(const S* from, int64_t r, int64_t n, S* to) const {
-    const int64_t ld = planned.padded(n);
-    by_rows(n, n * r, [&](int64_t first, int64_t last, Scratch<S>& own) {
-      S* rows = to + first * ld;
-      gemm<S>(last - first, n - first, r, {from + first, 1, n}, {from + first, n, 1}, rows + first,
-              ld, false, own);
-      for (int64_t k = first; k < last; ++k) {
-        for (int64_t c = last; c < n; ++c) to[c * ld + k] = to[k * ld + c];
-        std::fill(to + k * ld + n, to + (k + 1) * ld, S(0));
-      }
-    });
-  }
-  // The gradient of L in place of that of A = L' L:  L (G + G')
-  void through_square(size_t i, int which, int64_t t, S* g, int64_t ld, S* to) const {
-    const int64_t n = columns(planned.params[i], which), r = given_rows(i, which);
-    const S* factor = of(which, i) + t * given_size(i, which);
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t k = 0; k <= j; ++k)
-        g[j * ld + k] = g[k * ld + j] = g[j * ld + k] + g[k * ld + j];
-    by_rows(r, 2 * n * n, [&](int64_t first, int64_t last, Scratch<S>& own) {
-      gemm<S>(last - first, n, n, {factor + first * n, n, 1}, {g, ld, 1}, to + first * n, n, false,
-              own);
-    });
+  // An operand's numbers, or null
+  const S* of(int which, size_t i) const {
+    const MaybeTensors& group = call_.operands[which];
+    if (group.empty() || !group[i].has_value()) return nullptr;
+    return static_cast<const S*>(group[i]->data_ptr());
   }
   bool any_own() const {
     for (const Param& p : planned.params)
@@ -150,37 +111,6 @@ class Prepared {
 
  private:
   Call& call_;
-
-  // run(first row, last row, scratch), over threads where it is worth it.
-  template <class F>
-  static void by_rows(int64_t rows, int64_t cost, const F& run) {
-    constexpr int64_t kRows = 48;
-    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, cost * kRows);
-    parallel_units(costs, [&](int64_t unit) {
-      Scratch<S> own;
-      run(unit * kRows, std::min(rows, (unit + 1) * kRows), own);
-    });
-  }
-
-  const S* of(int which, size_t i) const {
-    const MaybeTensors& group = call_.operands[which];
-    if (group.empty() || !group[i].has_value()) return nullptr;
-    return static_cast<const S*>(group[i]->data_ptr());
-  }
-  void copy(const S* from, int64_t n_rows, int64_t n_columns, S* to) const {
-    const int64_t ld = planned.padded(n_columns);
-    for (int64_t r = 0; r < n_rows; ++r) {
-      std::copy(from + r * n_columns, from + (r + 1) * n_columns, to + r * ld);
-      std::fill(to + r * ld + n_columns, to + (r + 1) * ld, S(0));
-    }
-  }
-  void transpose(const S* from, int64_t n, S* to) const {
-    const int64_t ld = planned.padded(n);
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t c = 0; c < n; ++c) to[r * ld + c] = from[c * n + r];
-      std::fill(to + r * ld + n, to + (r + 1) * ld, S(0));
-    }
-  }
 
   void read_layers() {
     const Ints& given = call_.layers;
@@ -291,13 +221,4 @@ class Prepared {
   }
 };
 
-inline Tensor empty_of(const Tensor& like, std::vector<int64_t> sizes) {
-  return empty(like, sizes.data(), static_cast<int64_t>(sizes.size()));
-}
-
-template <class S>
-S* data_of(const Tensor& x) {
-  return static_cast<S*>(x.data_ptr());
-}
-
-}  // namespace fastkfo::cpu
+}  // namespace fastkfo::inner_loop
