@@ -2,6 +2,7 @@
 // shape convention, [T, B, n, m] = tasks, batch, rows, columns.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>

@@ -126,32 +126,28 @@ class BlockTask {
   FASTKFO_FN void backward(Task<Executor<S>>& task) {
     S* g = work.gradients;
     ex.each(plan.gradients, [=](int64_t i) { g[i] = 0; });
-    S any = call.no_loss ? S(0) : call.d_loss ? call.d_loss[t] : S(1);
-    const S cotangent = any;
+    const S cotangent = call.no_loss ? S(0) : call.d_loss ? call.d_loss[t] : S(1);
+    bool any = cotangent != 0;
     for (int i = 0; i < plan.params; ++i)
-      if (call.d_adapted[i]) any = any != 0 ? any : put(plan.param[i], call.d_adapted[i]);
-    // Once a cotangent is known not to be zero, the rest are put without looking.
-    if (any != 0)
-      for (int i = 0; i < plan.params; ++i)
-        if (call.d_adapted[i]) put(plan.param[i], call.d_adapted[i]);
+      if (call.d_adapted[i]) any = put(plan.param[i], call.d_adapted[i]) || any;
     S* x_s_grad = call.x_s_grad ? call.x_s_grad + t * call.x_s_size : nullptr;
     S* x_q_grad = call.x_q_grad ? call.x_q_grad + t * call.x_q_size : nullptr;
-    if (any == 0) {  // contributes exactly nothing, whatever its numbers are
+    if (!any) {  // contributes exactly nothing, whatever its numbers are
       if (x_s_grad) ex.each(call.x_s_size, [=](int64_t i) { x_s_grad[i] = 0; });
       if (x_q_grad) ex.each(call.x_q_size, [=](int64_t i) { x_q_grad[i] = 0; });
     } else {
       task.backward(cotangent, x_s_grad, x_q_grad);
     }
-    leave(task, any != 0);
+    leave(task, any);
   }
-  // Returns a number that is not zero if any of them is.
-  FASTKFO_FN S put(const Param& p, const S* all) {
+  // Returns whether any of them is not zero.
+  FASTKFO_FN bool put(const Param& p, const S* all) {
     const int64_t columns = p.cols, ld = p.ld;
     const S* from = all + t * p.rows * columns;
     S* to = work.gradients + p.g;
     ex.each(p.rows, columns,
             [=](int64_t r, int64_t i) { to[r * ld + (i - r * columns)] = from[i]; });
-    return ex.sum(p.rows * columns, [=](int64_t i) { return from[i] != 0 ? S(1) : S(0); });
+    return ex.sum(p.rows * columns, [=](int64_t i) { return from[i] != 0 ? S(1) : S(0); }) != 0;
   }
   // The gradients to the task's row, and whether those that tasks share are finite.
   FASTKFO_FN void leave(Task<Executor<S>>& task, bool any) {
