@@ -1,6 +1,8 @@
-"""The native library, and csrc/ as package data. Everything else is in pyproject.toml.
+"""The native libraries, and csrc/ as package data. Everything else is in pyproject.toml.
 
-``FASTKFO_BUILD_NATIVE=0`` leaves the library out: fastkfo then compiles it on first use.
+``FASTKFO_BUILD_NATIVE=0`` leaves them out: fastkfo then compiles the CPU's on first use.
+``FASTKFO_BUILD_CUDA=1`` builds the CUDA library or fails, ``0`` leaves it out; unset, it is built
+where torch is a CUDA build and its toolkit is there. No GPU is looked for.
 """
 
 import os
@@ -59,10 +61,47 @@ def native_library():
         extra_link_args=flags["LINK_FLAGS"],
     )
     return {
-        "ext_modules": [extension],
+        "ext_modules": [extension, *cuda_library(flags)],
         "cmdclass": {"build_ext": Incremental},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def cuda_library(flags):
+    """What builds fastkfo/_C_cuda.abi3.so, which only a CUDA build of torch can load.
+
+    Args:
+        flags: what build_flags.py defines.
+
+    Returns:
+        One extension, or none.
+
+    Raises:
+        SystemExit: if it was asked for and cannot be built.
+    """
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    wanted = os.environ.get("FASTKFO_BUILD_CUDA")
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if wanted == "0" or (wanted != "1" and not possible):
+        return []
+    if not possible:
+        raise SystemExit(
+            "FASTKFO_BUILD_CUDA=1: expected a CUDA build of torch and its toolkit, got "
+            f"torch {torch.__version__} and CUDA_HOME={CUDA_HOME}"
+        )
+    own = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else flags["CUDA_ARCHITECTURES"]
+    return [
+        CUDAExtension(
+            "fastkfo._C_cuda",
+            sources=flags["cuda_sources"](CSRC),
+            depends=flags["headers"](CSRC),
+            include_dirs=[str(CSRC.resolve())],
+            py_limited_api=True,
+            extra_compile_args={"cxx": flags["CXX_FLAGS"], "nvcc": [*flags["NVCC_FLAGS"], *own]},
+        )
+    ]
 
 
 setup(

@@ -27,6 +27,9 @@ class Backends(tuple[Backend, ...]):
             f"native library: {loaded.source or 'none'}" + f" ({loaded.path or loaded.error})",
             f"threads: {torch.get_num_threads()}",
         ]
+        if torch.version.cuda is not None:
+            cuda = native.cuda_status()
+            lines.insert(1, f"CUDA library: {cuda.source or 'none'} ({cuda.path or cuda.error})")
         for backend in self:
             state = "available" if backend.available else f"not available: {backend.why}"
             lines.append(f"{backend.implementation} on {backend.device}: {state}")

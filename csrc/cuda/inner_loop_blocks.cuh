@@ -10,7 +10,7 @@ enum Packing : int32_t { kAsItIs, kTransposed, kSquared };
 template <class S>
 struct Packed {
   const S* from;
-  int64_t to;                      // in a block
+  int64_t to;  // in a block
   int32_t given_rows, rows, columns, ld;
   Packing how;
   bool own;
@@ -27,7 +27,8 @@ template <class S, int MOST>
 __global__ void pack(const __grid_constant__ Packings<S, MOST> all) {
   const Packed<S> item = all.item[blockIdx.y];
   const int64_t each = int64_t(item.rows) * item.ld, tasks = item.own ? all.tasks : 1;
-  const int64_t given = int64_t(item.given_rows) * (item.how == kTransposed ? item.rows : item.columns);
+  const int64_t given =
+      int64_t(item.given_rows) * (item.how == kTransposed ? item.rows : item.columns);
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < tasks * each;
        i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t t = i / each, r = i % each / item.ld, c = i % item.ld;

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "cuda/inner_loop_executor.cuh"
+#include "cuda/launch.cuh"
 #include "inner_loop/task.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
-constexpr int kThreads = 256;
 constexpr int kMostLayers = 16, kMostParams = 24, kMostOutputs = 5 * kMostParams;
 
 // A plan by value: it travels with the launch, so that a captured graph owns it.
@@ -32,12 +32,12 @@ enum Mode : int32_t { kForward = 1, kBackward = 2 };
 template <class S>
 struct TaskCall {
   int32_t mode, pieces;
-  int64_t operands_here, tape_here;  // numbers of it in shared memory, or 0
-  int64_t work_here;
+  // Numbers in shared memory, or 0: that lies in global memory then, the block of gradients at once
+  // in the task's row of them.
+  int64_t operands_here, tape_here, work_here, gradients_here;
   const S* shared;  // the block of operands that tasks share
   const S* own;     // [T, plan.operands]
   S* tape;          // [T, plan.tape], where it is not in shared memory
-  S* work;          // [T, plan.work.all], likewise
   const S *x_s, *x_q;
   const char *y_s, *y_q;
   int64_t x_s_size, x_q_size, y_s_bytes, y_q_bytes;
@@ -73,8 +73,9 @@ class BlockTask {
       ex.each(plan.operands, [=](int64_t i) { copy[i] = from[i]; });
       blocks.shared = copy;
     }
-    work = work_at(plan.work,
-                   call.work_here ? take(call.work_here) : call.work + t * plan.work.all);
+    work = work_at(plan.work, take(call.work_here));
+    if (call.gradients && !call.gradients_here)
+      work.gradients = call.gradients + t * call.gradients_size;
     tape = call.tape_here ? take(call.tape_here) : call.tape + t * plan.tape;
   }
 
@@ -160,7 +161,7 @@ class BlockTask {
       if (piece.late) {
         ex.each(piece.rows * ld, [=](int64_t i) { to[i] = 0; });
         if (any) task.late(piece.late, to);
-      } else {
+      } else if (call.gradients_here) {
         const S* from = work.gradients + piece.at;
         ex.each(piece.rows * ld, [=](int64_t i) { to[i] = from[i]; });
       }
@@ -181,12 +182,12 @@ __host__ __device__ constexpr int64_t head_bytes() {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(cuda::kThreads)
     run_tasks(const __grid_constant__ Frozen given, const __grid_constant__ TaskCall<S> call) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  Frozen& frozen = *reinterpret_cast<Frozen*>(memory);
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  Frozen& frozen = *reinterpret_cast<Frozen*>(shared_memory);
   const int* from = reinterpret_cast<const int*>(&given);
-  int* to = reinterpret_cast<int*>(memory);
+  int* to = reinterpret_cast<int*>(shared_memory);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Frozen) / sizeof(int)); i += blockDim.x)
     to[i] = from[i];
   __syncthreads();
@@ -197,8 +198,9 @@ __global__ void __launch_bounds__(kThreads)
     frozen.plan.query.slots = frozen.query;
   }
   __syncthreads();
-  Executor<S> executor{reinterpret_cast<S*>(memory + (sizeof(Frozen) + 15) / 16 * 16)};
-  BlockTask<S>(executor, call, frozen.plan, reinterpret_cast<S*>(memory + head_bytes<S>())).run();
+  Executor<S> executor{reinterpret_cast<S*>(shared_memory + (sizeof(Frozen) + 15) / 16 * 16)};
+  BlockTask<S>(executor, call, frozen.plan, reinterpret_cast<S*>(shared_memory + head_bytes<S>()))
+      .run();
 }
 
 }  // namespace fastkfo::inner_loop::FASTKFO_LEVEL

@@ -184,7 +184,7 @@ struct Planned {
       lanes = std::max({lanes, padded(x.rows), padded(x.cols), padded(x.n)});
       rows_in = std::max(rows_in, samples * x.ld);
       rows_out = std::max(rows_out, samples * padded(x.n));
-      square = std::max(square, int64_t(x.rows) * x.ld);
+      if (x.scale) square = std::max(square, int64_t(x.rows) * x.ld);
     }
     for (const Layer& layer : layers) {
       if (layer.kind == kLinear && layer.form == kDense)
@@ -215,7 +215,7 @@ struct Planned {
     w.fixed = take(cols_in);
     w.gram = take(p.gram.work);
     w.x_s_grad = take(cols_in);
-    w.gradients = take(p.gradients);
+    w.gradients = take(p.gradients);  // the last one: it may lie elsewhere
     w.all = end;
   }
 };

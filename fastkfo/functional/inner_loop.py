@@ -122,7 +122,7 @@ def inner_loop(
         groups.append([None] * count if group is None else list(group))
     alpha = rates_of(lr, groups, layers)
     check_operands(layers, groups, x_s, psd)
-    chosen = selector.select(implementation, x_s.device)
+    chosen = selector.select(implementation, x_s.device, "inner_loop")
     if x_s.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x_s: expected float32 or float64, got {x_s.dtype}")
     present, flat = flattened(groups)

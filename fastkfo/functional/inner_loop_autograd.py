@@ -45,7 +45,8 @@ class InnerLoop(Function):
     Where only query losses can have a cotangent, the gradient is computed along with them, for a
     cotangent of 1: what a task needs for it is in the cache then, and no tape is written. Gradients
     are linear in the cotangents, so that those of tasks that all have the same one (a mean, a sum)
-    are that multiple. Other cotangents take a second run, with a tape.
+    are that multiple. Other cotangents take a second run, with a tape. On CUDA, where looking at
+    cotangents would synchronise, there is always a tape.
     """
 
     @staticmethod
@@ -65,7 +66,7 @@ class InnerLoop(Function):
         differentiable = any(wants)
         if not spec.native:
             results = _outputs(_by_reference(spec, x_s, y_s, x_q, y_q, flat), x_s)
-        elif differentiable and y_q is not None and not spec.adapted:
+        elif differentiable and y_q is not None and not spec.adapted and x_s.device.type == "cpu":
             results = torch.ops.fastkfo.inner_loop_gradient.default(
                 *data, *spec.arguments, spec.first_order, spec.masks(wants[5:]), wants[1], wants[3]
             )

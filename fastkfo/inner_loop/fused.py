@@ -68,8 +68,9 @@ class Fused:
         if len(dtypes) > 1 or len(devices) > 1 or not dtypes <= {torch.float32, torch.float64}:
             raise Unfusable("the parameters are not all float32 or all float64 on one device")
         self.device, self.dtype = devices.pop(), dtypes.pop()
-        if selector.select("auto", self.device) != "native":
-            raise Unfusable(f"there is no kernel for {self.device.type}")
+        if selector.select("auto", self.device, "inner_loop") != "native":
+            why = selector.unavailable("native", self.device.type, "inner_loop")
+            raise Unfusable(f"there is no kernel for {self.device.type}: {why or 'not chosen'}")
         self.features = self.model.layers[0].in_features
         self.classes = self.model.layers[-1].out_features
         self.least = 2 if any([x.kind == "batch_norm" for x in self.model.layers]) else 1
@@ -160,6 +161,8 @@ class Fused:
         try:
             return run(spec, self.flat, *batch)
         except RuntimeError as error:
+            if "shared memory" in str(error):  # of a GPU: the model is too large for one block
+                raise Unfusable(str(error).splitlines()[0]) from error
             if "expected labels" not in str(error):
                 raise
             refused = error

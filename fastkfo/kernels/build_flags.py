@@ -1,4 +1,4 @@
-"""How the native library is compiled: shared by setup.py and by the compile on first use.
+"""How the native libraries are compiled: shared by setup.py and by the compile on first use.
 
 Standard library only, and no import from the package: setup.py loads this file by its path, at a
 time when neither fastkfo nor torch can be assumed to be importable.
@@ -25,6 +25,21 @@ CXX_FLAGS = [
     f"-DPy_LIMITED_API={PY_LIMITED_API}",
 ]
 LINK_FLAGS = [*_OPENMP]
+
+# The GPUs that the CUDA library has code for: Ampere and Hopper, and PTX for what comes after them.
+# TORCH_CUDA_ARCH_LIST, where it is set, takes the place of these.
+CUDA_ARCHITECTURES = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",
+]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-DUSE_CUDA",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    f"-DPy_LIMITED_API={PY_LIMITED_API}",
+]
 
 
 def csrc_folder() -> Path:
@@ -60,4 +75,16 @@ def headers(csrc: Path) -> list[str]:
     Returns:
         The paths, sorted.
     """
-    return sorted(str(path) for path in csrc.rglob("*.h"))
+    return sorted(str(path) for path in csrc.rglob("*.*h"))
+
+
+def cuda_sources(csrc: Path) -> list[str]:
+    """The translation units of the CUDA library, in a stable order.
+
+    Args:
+        csrc: the folder with ``cuda/``; relative stays relative.
+
+    Returns:
+        Every ``cuda/*.cu``.
+    """
+    return sorted(str(path) for path in csrc.glob("cuda/*.cu"))

@@ -1,7 +1,7 @@
-"""Finds, and if need be compiles, the native CPU library, when it is first wanted.
+"""Finds, and if need be compiles, the native libraries, when they are first wanted.
 
-Prebuilt, then compiled on first use, then none. What happened is remembered and explained by
-`fastkfo.backends()`; importing fastkfo loads and compiles nothing.
+The CPU's: prebuilt, then compiled on first use, then none. CUDA's: prebuilt or none. What happened
+is remembered and explained by `fastkfo.backends()`; importing fastkfo loads and compiles nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Status(NamedTuple):
 
 
 _status: Status | None = None
+_cuda_status: Status | None = None
 _lock = threading.Lock()
 
 
@@ -51,13 +52,37 @@ def available() -> bool:
     return status().source is not None
 
 
+def cuda_status() -> Status:
+    """The same of the CUDA library, which extends the ops that the CPU library declares."""
+    global _cuda_status
+    if _cuda_status is None:
+        loaded = status()
+        with _lock:
+            if _cuda_status is None:
+                _cuda_status = _load_cuda(loaded)
+    return _cuda_status
+
+
+def _load_cuda(cpu: Status) -> Status:
+    if cpu.source is None:
+        return Status(None, None, f"the native library could not be loaded ({cpu.error})")
+    if torch.version.cuda is None:
+        return Status(None, None, "this torch has no CUDA")
+    prebuilt = sorted(PACKAGE.glob("_C_cuda*.so")) + sorted(PACKAGE.glob("_C_cuda*.pyd"))
+    if not prebuilt:
+        return Status(None, None, f"no file _C_cuda*.so in {PACKAGE}: see FASTKFO_BUILD_CUDA")
+    library = str(prebuilt[0])
+    error = _try_library(library)
+    return Status(None if error else "prebuilt", None if error else library, error)
+
+
 def _load() -> Status:
     named = os.environ.get("FASTKFO_LIBRARY")
     if named:
         error = _try_library(named)
         return Status(None if error else "FASTKFO_LIBRARY", None if error else named, error)
     errors = []
-    prebuilt = sorted(PACKAGE.glob("_C*.so")) + sorted(PACKAGE.glob("_C*.pyd"))
+    prebuilt = sorted(PACKAGE.glob("_C.*so")) + sorted(PACKAGE.glob("_C.*pyd"))
     if not prebuilt:
         errors.append(f"prebuilt: no file _C*.so in {PACKAGE}")
     for library in map(str, prebuilt):

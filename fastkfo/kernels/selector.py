@@ -15,10 +15,13 @@ class ImplementationUnavailable(RuntimeError):
     """An implementation was asked for by name and is not there."""
 
 
-_chosen: dict[tuple[str, str], str] = {}
+# Ops that have CUDA kernels.
+ON_CUDA = ("inner_loop",)
+
+_chosen: dict[tuple[str, str, str], str] = {}
 
 
-def select(implementation: str, device: torch.device) -> str:
+def select(implementation: str, device: torch.device, op: str = "") -> str:
     """The implementation to run: "native" or "reference".
 
     "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
@@ -27,6 +30,7 @@ def select(implementation: str, device: torch.device) -> str:
     Args:
         implementation: one of `IMPLEMENTATIONS`.
         device: where the operands are.
+        op: which one, for those in `ON_CUDA`.
 
     Returns:
         The name of the implementation.
@@ -35,10 +39,10 @@ def select(implementation: str, device: torch.device) -> str:
         ValueError: `implementation` is none of `IMPLEMENTATIONS`.
         ImplementationUnavailable: what was named is not available for `device`.
     """
-    key = (implementation, device.type)
+    key = (implementation, device.type, op)
     chosen = _chosen.get(key)
     if chosen is None:
-        chosen = _chosen[key] = _select(implementation, device.type)
+        chosen = _chosen[key] = _select(implementation, device.type, op)
     return chosen
 
 
@@ -47,18 +51,18 @@ def reset() -> None:
     _chosen.clear()
 
 
-def _select(implementation: str, device: str) -> str:
+def _select(implementation: str, device: str, op: str) -> str:
     name = "implementation"
     if implementation == "auto":
         implementation = os.environ.get("FASTKFO_IMPLEMENTATION") or "auto"
         name = "FASTKFO_IMPLEMENTATION"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
-    why = unavailable("native", device)
+    why = unavailable("native", device, op)
     if implementation == "auto":
         return "reference" if why else "native"
     if implementation != "native":
-        why = unavailable(implementation, device)
+        why = unavailable(implementation, device, op)
     if why:
         raise ImplementationUnavailable(f"{name}={implementation!r} on {device}: {why}")
     return implementation
@@ -69,14 +73,16 @@ def _select(implementation: str, device: str) -> str:
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unavailable(implementation: str, device: str) -> str | None:
-    """Why an implementation cannot run on a kind of device, or None if it can."""
+def unavailable(implementation: str, device: str, op: str = "") -> str | None:
+    """Why an implementation of an op cannot run on a kind of device, or None if it can."""
     if implementation == "reference":
         return None
     if implementation == "triton":
         return "no op has a Triton kernel yet"
+    if device == "cuda" and op in ON_CUDA:
+        return native.cuda_status().error
     if device != "cpu":
-        return f"the native library has kernels for the CPU only, not yet for {device}"
+        return f"the native library has kernels of this op for the CPU only, not yet for {device}"
     if not native.available():
         return f"the native library could not be loaded ({native.status().error})"
     return None

@@ -1,0 +1,175 @@
+// As much of CUDA as csrc/cuda takes, on a CPU: a block's threads run one after the other, each
+// until the next barrier. Between two barriers their order is shuffled, so that a missing barrier
+// shows; shared memory begins as NaN, so that reading it too early does.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+
+#define __device__
+#define __host__
+#define __global__ static
+#define __shared__
+#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __grid_constant__
+#define __align__(bytes)
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+constexpr size_t kSharedBytes = 232448;  // of an H100's block
+namespace fastkfo::inner_loop::device {
+alignas(16) inline unsigned char shared_memory[kSharedBytes];
+}
+
+// One block's threads.
+class Block {
+ public:
+  static Block*& running() {
+    static Block* block = nullptr;
+    return block;
+  }
+  Block(int threads, const std::function<void()>& body)
+      : places_(threads), contexts_(threads), done_(threads, false), body_(body), lanes(threads) {
+    running() = this;
+    for (int t = 0; t < threads; ++t) {
+      if (!stacks()[t]) stacks()[t].reset(new char[kStack]);
+      getcontext(&contexts_[t]);
+      contexts_[t].uc_stack.ss_sp = stacks()[t].get();
+      contexts_[t].uc_stack.ss_size = kStack;
+      contexts_[t].uc_link = nullptr;
+      makecontext(&contexts_[t], &Block::enter, 0);
+    }
+    std::vector<int> order(threads);
+    std::iota(order.begin(), order.end(), 0);
+    unsigned random = 1;
+    for (bool any = true; any;) {
+      for (int k = threads - 1; k > 0; --k) {
+        random = random * 1664525u + 1013904223u;
+        std::swap(order[k], order[random % (k + 1)]);
+      }
+      any = false;
+      int ended = 0;
+      for (const int t : order) {
+        now_ = t;
+        threadIdx = dim3(t, 0, 0);
+        if (!done_[t]) resume(t);
+        ended += done_[t];
+        any = any || !done_[t];
+      }
+      if (any && ended > 0) {  // some threads wait where others have left
+        fputs("a barrier that not all threads of a block reach\n", stderr);
+        abort();
+      }
+    }
+  }
+  // Jumps, once a thread has begun: swapcontext is a system call.
+  void wait() {
+    if (!_setjmp(places_[now_].at)) _longjmp(back_, 1);
+  }
+
+ private:
+  struct Place {
+    jmp_buf at;
+    bool begun = false;
+  };
+  void resume(int t) {
+    if (_setjmp(back_)) return;
+    if (places_[t].begun) _longjmp(places_[t].at, 1);
+    places_[t].begun = true;
+    setcontext(&contexts_[t]);
+  }
+
+  static constexpr size_t kStack = 1 << 18;
+  jmp_buf back_;
+  std::vector<Place> places_;
+  std::vector<ucontext_t> contexts_;
+  std::vector<char> done_;
+  std::function<void()> body_;
+  int now_ = 0;
+
+  static std::vector<std::unique_ptr<char[]>>& stacks() {
+    static std::vector<std::unique_ptr<char[]>> all(64);
+    return all;
+  }
+  static void enter() {
+    running()->body_();
+    running()->done_[running()->now_] = true;
+    _longjmp(running()->back_, 1);
+  }
+
+ public:
+  std::vector<double> lanes;  // what a shuffle exchanges
+};
+
+inline void __syncthreads() { Block::running()->wait(); }
+
+template <class S>
+S __shfl_down_sync(unsigned, S value, int by) {
+  Block& block = *Block::running();
+  const size_t t = threadIdx.x;
+  block.lanes[t] = value;
+  block.wait();
+  const S other = t % 32 + by < 32 ? S(block.lanes[t + by]) : value;
+  block.wait();
+  return other;
+}
+
+template <class F>
+void run_on_cpu(dim3 grid, int threads, int64_t shared, const F& body) {
+  const int fewer = threads < 64 ? threads : 64;
+  STD_TORCH_CHECK(shared <= static_cast<int64_t>(kSharedBytes), "more shared memory than there is");
+  gridDim = grid;
+  blockDim = dim3(fewer);
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y, 0);
+      memset(fastkfo::inner_loop::device::shared_memory, 0xff, kSharedBytes);
+      Block(fewer, body);
+    }
+}
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* limit = getenv("FASTKFO_SHARED_MEMORY");
+  *value = limit ? atoi(limit) : static_cast<int>(kSharedBytes);
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline int aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(call) STD_TORCH_CHECK((call) == cudaSuccess, "CUDA")
+#undef STD_CUDA_KERNEL_LAUNCH_CHECK
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() STD_CUDA_CHECK(cudaGetLastError())
+
+namespace fastkfo::cuda {
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+}  // namespace fastkfo::cuda
