@@ -7,7 +7,7 @@
 #
 #   PYTHON                python3
 #   TORCH_CUDA_ARCH_LIST  9.0a
-#   STEPS                 gpu cpu bench     which of the tests and benchmarks
+#   STEPS                 gpu cpu sanitize bench    which of the tests and benchmarks
 #   LIMIT_S               530               seconds for all: benchmarks get what is left, and stop there
 #   BENCH_ARGS            options of `fastkfo bench` beside --device cuda
 #   LEARN2LEARN_SRC       an unpacked learn2learn 0.2.0 (default: .cache/learn2learn-0.2.0 if there)
@@ -28,7 +28,7 @@ fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 records=$scratch/records
-steps=${STEPS:-gpu cpu bench}
+steps=${STEPS:-gpu cpu sanitize bench}
 limit=${LIMIT_S:-530}
 mkdir "$records"
 touch "$scratch/start"
@@ -83,6 +83,18 @@ tests() {
   "$python" -m pytest --require-native --junitxml="$records/$name.xml" "$@"
 }
 
+# compute-sanitizer is slow: every kernel once or twice. Where the machine has none, that is said.
+sanitize() {
+  command -v compute-sanitizer || return 1
+  local tool code=0
+  for tool in memcheck racecheck synccheck initcheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-name regex:fastkfo "$python" -m pytest -q -p no:cacheprovider \
+      tests/test_inner_loop_fused_gpu.py -k "test_options and (own or samples) and psd" || code=$?
+  done
+  return "$code"
+}
+
 wanted() {
   [[ " $steps " == *" $1 "* ]]
 }
@@ -105,6 +117,7 @@ if step cuda cuda_is_there; then
   if step install install; then
     wanted gpu && step gpu tests gpu -m gpu
     wanted cpu && step cpu tests cpu -m "not gpu and not slow" --hypothesis-profile=quick -q
+    wanted sanitize && step sanitize sanitize
     wanted bench && [ "$status" -eq 0 ] && step bench benchmarks
   fi
 fi

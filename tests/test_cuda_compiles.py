@@ -1,6 +1,6 @@
-"""The CUDA library compiles without a GPU, for every architecture that is shipped, and spills nothing.
+"""The CUDA library compiles without a GPU, for every architecture that is shipped, without a spill.
 
-    python tests/test_cuda_compiles.py        prints the table of docs/gpu.md
+python tests/test_cuda_compiles.py        prints the table of docs/gpu.md
 """
 
 import re
