@@ -22,7 +22,7 @@ NAMES = {"f": "float32", "d": "float64"}
 
 
 def compiled():
-    """What ptxas says: (architecture, kernel, dtype, registers, stack, spilled bytes) per kernel."""
+    """What ptxas says: (GPU, kernel, dtype, registers, stack, spilled bytes) per kernel."""
     csrc = build_flags.csrc_folder()
     include = Path(torch.__file__).parent / "include"
     rows = []
