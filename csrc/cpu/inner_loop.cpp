@@ -5,39 +5,11 @@
 
 #include "cpu/inner_loop_kernels.h"
 #include "cpu/inner_loop_sums.h"
-#include "cpu/levels.h"
 #include "cpu/scratch.h"
 #include "inner_loop/ops.h"
 
 namespace fastkfo::cpu {
 namespace {
-
-template <class S>
-const Kernels<S>& kernels();
-template <class K, class F>
-K best(F baseline, F v3, F v4) {
-#ifdef FASTKFO_X86_PRAGMAS
-  const int level = cpu_level();
-  if (level == 4) return v4();
-  if (level == 3) return v3();
-#endif
-  return baseline();
-}
-#ifdef FASTKFO_X86_PRAGMAS
-#define FASTKFO_LEVELS(f) baseline::f, v3::f, v4::f
-#else
-#define FASTKFO_LEVELS(f) baseline::f, baseline::f, baseline::f
-#endif
-template <>
-const Kernels<float>& kernels<float>() {
-  static const Kernels<float> found = best<Kernels<float>>(FASTKFO_LEVELS(of_float));
-  return found;
-}
-template <>
-const Kernels<double>& kernels<double>() {
-  static const Kernels<double> found = best<Kernels<double>>(FASTKFO_LEVELS(of_double));
-  return found;
-}
 
 template <class S>
 S* aligned(S* p) {
@@ -166,11 +138,49 @@ template <class S>
 void add(Sums<S>& sums, int64_t part, int64_t t, const Prepared<S>& prepared,
          const Blocks<S>& blocks, const Work<S>& work, S* tape) {
   const Plan& plan = prepared.plan();
-  const auto late = [&](int64_t wanted, S* to) {
-    kernels<S>().late(plan, blocks, work, tape, wanted, to);
-  };
   const bool finite = !plan.gram.used || late_is_finite(plan, work, tape);
-  sums.add(part, t, work.gradients, finite, late);
+  sums.add(part, t, work.gradients, finite, [&](int64_t wanted, Outer<S>* to) {
+    return kernels<S>().late(plan, blocks, work, tape, wanted, to);
+  });
+}
+
+// X' C of a first layer for all tasks at once, where C is too large for a core's cache: it would be
+// read again for every task.
+template <class S>
+class FirstProducts {
+ public:
+  FirstProducts(const Prepared<S>& prepared, const Call& call, const S* shared) {
+    const Plan& plan = prepared.plan();
+    const Layer& first = plan.layer[0];
+    if (plan.steps == 0 || first.kind != kLinear || first.form == kDense) return;
+    const Param& p = plan.param[first.weight];
+    if (!p.right || p.own[2] || int64_t(p.m) * p.m < kLarge) return;
+    const int64_t rows = prepared.tasks * plan.support.samples, m = p.m;
+    ld_ = prepared.planned.padded(m);
+    size_ = plan.support.samples * ld_;
+    memory_.resize(rows * ld_);
+    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, kRows * m * m);
+    parallel_units(costs, [&](int64_t unit) {
+      const int64_t begin = unit * kRows, end = std::min(rows, begin + kRows);
+      cpu::Scratch<S> own;
+      gemm<S>(end - begin, m, m, {data_of<S>(call.x_s) + begin * m, m, 1},
+              {shared + p.c, prepared.planned.padded(m), 1}, memory_.data() + begin * ld_, ld_,
+              false, own);
+    });
+  }
+  const S* of_task(int64_t t) const { return memory_.empty() ? nullptr : &memory_[t * size_]; }
+
+ private:
+  static constexpr int64_t kLarge = 1 << 17, kRows = 80;
+  std::vector<S> memory_;
+  int64_t ld_ = 0, size_ = 0;
+};
+
+template <class S>
+Data<S> data_of_task(const Prepared<S>& prepared, const FirstProducts<S>& first, int64_t t) {
+  Data<S> data = prepared.data(t);
+  data.q = first.of_task(t);
+  return data;
 }
 
 // Forward and backward, task by task, for a cotangent of 1 of every query loss: what a task needs
@@ -185,6 +195,7 @@ Tensors gradient(Call& call, const Ints& wanted, bool want_x_s, bool want_x_q) {
   const InputGradients<S> inputs(prepared, call.x_s);
   Sums<S> sums(prepared, call);
   const SharedBlock<S> shared(prepared);
+  const FirstProducts<S> first(prepared, call, shared.data);
   const bool any_own = prepared.any_own();
   const int64_t cost = 3 * prepared.operations() * sums.tasks_per_part();
   parallel_units(std::vector<int64_t>(sums.parts(), cost), [&](int64_t part) {
@@ -194,13 +205,15 @@ Tensors gradient(Call& call, const Ints& wanted, bool want_x_s, bool want_x_q) {
       if (any_own) prepared.fill(true, t, space.own);
       const Blocks<S> blocks{shared.data, space.own};
       const Work<S> work = work_at(plan.work, space.work);
-      kernels<S>().forward(plan, blocks, work, space.tape, prepared.data(t), outputs.of_task(t));
+      kernels<S>().forward(plan, blocks, work, space.tape, data_of_task(prepared, first, t),
+                           outputs.of_task(t));
       look(outputs, t);
       std::fill(work.gradients, work.gradients + plan.gradients, S(0));
       kernels<S>().backward(plan, blocks, work, space.tape, S(1), inputs.support(t),
                             inputs.query(t));
       add(sums, part, t, prepared, blocks, work, space.tape);
     }
+    sums.end(part);
   });
   Tensors results = outputs.list();
   sums.finish(results);
@@ -252,12 +265,13 @@ Tensors backward(Call& call, MaybeTensor& d_loss, MaybeTensors& d_adapted, Tenso
       S* own_tape = data_of<S>(tape) + t * plan.tape;
       if (c == 0 && !adapted) {  // contributes exactly nothing, whatever its numbers are
         clear(inputs, t);
-        sums.add(part, t, work.gradients, true, [](int64_t, S*) {});
+        sums.add(part, t, work.gradients, true, [](int64_t, Outer<S>*) { return 0; });
         continue;
       }
       kernels<S>().backward(plan, blocks, work, own_tape, c, inputs.support(t), inputs.query(t));
       add(sums, part, t, prepared, blocks, work, own_tape);
     }
+    sums.end(part);
   });
   Tensors results;
   sums.finish(results);

@@ -28,14 +28,24 @@ void backward(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch,
 }
 
 template <class S>
-void late(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape,
-          int64_t wanted, S* to) {
+int late(const Plan& plan, const Blocks<S>& blocks, const Work<S>& scratch, S* tape, int64_t wanted,
+         Outer<S>* to) {
   Executor<S> executor;
-  Task<Executor<S>>(executor, plan, blocks, scratch, tape).late(wanted, to);
+  return Task<Executor<S>>(executor, plan, blocks, scratch, tape).late(wanted, to);
 }
 
-Kernels<float> of_float() { return {forward<float>, backward<float>, late<float>}; }
-Kernels<double> of_double() { return {forward<double>, backward<double>, late<double>}; }
+template <class S>
+void add_product(int64_t rows, int64_t columns, int64_t inner, const S* left, int64_t ld_left,
+                 const S* right, S* to, int64_t ld) {
+  Executor<S>().product(rows, columns, inner, {left, ld_left, 1}, right, ld, to, ld, S(1), to);
+}
+
+template <class S>
+Kernels<S> all() {
+  return {forward<S>, backward<S>, late<S>, add_product<S>};
+}
+Kernels<float> of_float() { return all<float>(); }
+Kernels<double> of_double() { return all<double>(); }
 
 }  // namespace FASTKFO_LEVEL
 }  // namespace fastkfo::inner_loop

@@ -72,11 +72,11 @@ class Prepared : public Checked<S> {
   // run(first row, last row, scratch), over threads where it is worth it.
   template <class F>
   static void by_rows(int64_t rows, int64_t cost, const F& run) {
-    constexpr int64_t kRows = 48;
-    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, cost * kRows);
+    const int64_t each = std::max<int64_t>(48, (rows + 7) / 8);
+    const std::vector<int64_t> costs((rows + each - 1) / each, cost * each);
     parallel_units(costs, [&](int64_t unit) {
       Scratch<S> own;
-      run(unit * kRows, std::min(rows, (unit + 1) * kRows), own);
+      run(unit * each, std::min(rows, (unit + 1) * each), own);
     });
   }
 

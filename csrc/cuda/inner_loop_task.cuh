@@ -97,7 +97,7 @@ class BlockTask {
   FASTKFO_FN void forward(Task<Executor<S>>& task) {
     const Data<S> data{call.x_s + t * call.x_s_size, call.y_s + t * call.y_s_bytes,
                        call.x_q ? call.x_q + t * call.x_q_size : nullptr,
-                       call.y_q ? call.y_q + t * call.y_q_bytes : nullptr};
+                       call.y_q ? call.y_q + t * call.y_q_bytes : nullptr, nullptr};
     const Results<S> to{call.loss ? call.loss + t : nullptr, call.support_loss + t * plan.steps,
                         call.predictions ? call.predictions + t * call.predictions_size : nullptr,
                         call.statistics ? call.statistics + t * call.statistics_size : nullptr};
@@ -150,6 +150,13 @@ class BlockTask {
             [=](int64_t r, int64_t i) { to[r * ld + (i - r * columns)] = from[i]; });
     return ex.sum(p.rows * columns, [=](int64_t i) { return from[i] != 0 ? S(1) : S(0); }) != 0;
   }
+  FASTKFO_FN void add(Task<Executor<S>>& task, const Piece& piece, S* to) {
+    Outer<S> outer[2];
+    const int count = task.late(piece.late, outer);
+    for (int k = 0; k < count; ++k)
+      ex.product(piece.rows, piece.columns, outer[k].inner, {outer[k].left, outer[k].ld, 1},
+                 outer[k].right, piece.ld, to, piece.ld, outer[k].factor, to);
+  }
   // The gradients to the task's row, and whether those that tasks share are finite.
   FASTKFO_FN void leave(Task<Executor<S>>& task, bool any) {
     S* row = call.gradients + t * call.gradients_size;
@@ -160,7 +167,7 @@ class BlockTask {
       S* to = row + piece.at;
       if (piece.late) {
         ex.each(piece.rows * ld, [=](int64_t i) { to[i] = 0; });
-        if (any) task.late(piece.late, to);
+        if (any) add(task, piece, to);
       } else if (call.gradients_here) {
         const S* from = work.gradients + piece.at;
         ex.each(piece.rows * ld, [=](int64_t i) { to[i] = from[i]; });

@@ -76,7 +76,7 @@ class Checked {
     };
     return {reinterpret_cast<const S*>(row(call_.x_s)), row(call_.y_s),
             plan().has_query ? reinterpret_cast<const S*>(row(*call_.x_q)) : nullptr,
-            plan().has_query_targets ? row(*call_.y_q) : nullptr};
+            plan().has_query_targets ? row(*call_.y_q) : nullptr, nullptr};
   }
 
   // Of the numbers that the algorithm has, and of those that the caller has: with psd, a factor

@@ -137,21 +137,19 @@ class GramLayer : private Places<Exec> {
       ex.product(m, queries, n, {by.beta, 1, param.ld}, d_q, ld_q, to, ld_q, -rate * plan.steps,
                  to);
   }
-  // Adds one gradient, of theta, C (transposed) or beta, to `to`.
-  FASTKFO_FN void late(int64_t wanted, const S* d_q, S* to) const {
+  // The gradient of theta, C (transposed) or beta is a sum of products; returns of how many.
+  FASTKFO_FN int late(int64_t wanted, const S* d_q, Outer<S>* to) const {
     const S rate = alpha();
     const S *x_rows = tape + plan.x_rows, *x_q_rows = tape + at.x_q_rows;
     if (wanted == kRight) {
-      ex.product(m, m, samples, {scratch.fixed, ld, 1}, x_rows, param.ld, to, by.ld_c, -rate, to);
-      return;
+      to[0] = {scratch.fixed, ld, samples, x_rows, -rate};
+      return 1;
     }
     const bool of_theta = wanted == kTheta;
-    const S* along = work(of_theta ? at.e : at.sum);
-    ex.product(n, m, samples, {along, ld, 1}, x_rows, param.ld, to, param.ld,
-               of_theta ? S(1) : -rate, to);
-    if (d_q)
-      ex.product(n, m, queries, {d_q, ld_q, 1}, x_q_rows, param.ld, to, param.ld,
-                 of_theta ? S(1) : -rate * plan.steps, to);
+    to[0] = {work(of_theta ? at.e : at.sum), ld, samples, x_rows, of_theta ? S(1) : -rate};
+    if (!d_q) return 1;
+    to[1] = {d_q, ld_q, queries, x_q_rows, of_theta ? S(1) : -rate * plan.steps};
+    return 2;
   }
 
  private:

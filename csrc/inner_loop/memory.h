@@ -31,6 +31,8 @@ struct Data {
   const void* y_s;
   const S* x_q;
   const void* y_q;
+  const S*
+      q;  // X' C of a first layer, its rows padded, where it was computed for all tasks at once
 };
 
 template <class S>
@@ -39,6 +41,15 @@ struct Results {
   S* support_loss;  // K
   S* predictions;   // [samples, classes]
   S* statistics;    // [K + 1, plan.statistics]
+};
+
+// factor left right, with left [rows, inner] and right [inner, columns] row by row, padded.
+template <class S>
+struct Outer {
+  const S* left;
+  int64_t ld, inner;
+  const S* right;
+  S factor;
 };
 
 // Blocks of operands: those that all tasks share, and this task's own.

@@ -44,7 +44,7 @@ class Task : private Places<Exec> {
       : P(exec, all, operands, room, memory) {}
 
   FASTKFO_FN void forward(const Data<S>& data, const Results<S>& to) {
-    take_support(data.x_s);
+    take_support(data);
     for (int k = 0; k < plan.steps; ++k) {
       S* record = support_record(k);
       S* stats = to.statistics ? to.statistics + k * plan.statistics : nullptr;
@@ -84,9 +84,11 @@ class Task : private Places<Exec> {
     if (plan.want_x_s) give_features(scratch.x_s_grad, plan.support, x_s_grad);
   }
 
-  // After that: adds to `to`, whose rows are padded, a gradient that is not in the block of
-  // gradients: of theta, C (transposed) or beta of the first layer, in the gram form.
-  FASTKFO_FN void late(int64_t wanted, S* to) { GramLayer<Exec>(*this).late(wanted, d_q(), to); }
+  // After that: what a gradient that is not in the block of gradients is the sum of, that of theta,
+  // C (transposed) or beta of a first layer in the gram form. Returns how many products.
+  FASTKFO_FN int late(int64_t wanted, Outer<S>* to) {
+    return GramLayer<Exec>(*this).late(wanted, d_q(), to);
+  }
 
  private:
   // Data in and out.
@@ -108,21 +110,27 @@ class Task : private Places<Exec> {
     ex.each(pass.samples, count,
             [=](int64_t s, int64_t i) { to[i] = from[(i - s * count) * ld + s]; });
   }
-  FASTKFO_FN void take_support(const S* from) {
+  FASTKFO_FN void take_support(const Data<S>& data) {
     if (plan.steps == 0) return;
     const Pass& pass = plan.support;
-    take_features(from, pass, tape + plan.x_rows, x());
+    take_features(data.x_s, pass, tape + plan.x_rows, x());
     if (plan.layer[0].kind != kLinear) return;
     const Param& p = plan.param[plan.layer[0].weight];
     const Operands<S> by = operands(p);
     const WeightUpdate<Exec> update{ex, p, by, scratch.room};
     const int64_t ld = p.ld;
     if (p.right && plan.layer[0].form != kDense) {
-      update.right(x(), pass.samples, pass.ld, tape + plan.q0);
+      if (data.q)
+        copy(data.q, pass.samples * ld, tape + plan.q0);
+      else
+        update.right(x(), pass.samples, pass.ld, tape + plan.q0);
       if (plan.keep && !gram())
         ex.transpose(pass.samples, p.cols, tape + plan.q0, ld, tape + plan.q0_t, pass.ld);
     }
     if (gram()) GramLayer<Exec>(*this).begin();
+  }
+  FASTKFO_FN void copy(const S* from, int64_t n, S* to) {
+    ex.each(n, [=](int64_t i) { to[i] = from[i]; });
   }
   FASTKFO_FN bool gram() const { return plan.gram.used; }
   // Whether the sum of lambda' P over the steps is what the gradients of C, and those of the
