@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "(Tensor, Tensor)");
 
   // K steps of a whole model for all tasks, csrc/inner_loop. layers: five numbers each, kind, in,
-  // out, parameter of the weight and of the bias (-1: none). With psd, A is left' left. Returns the
+  // out, parameter of the weight and of the bias (-1: none). With psd, A is left' left; with
+  // adapt, the transform takes steps of its own. Returns the
   // query losses, support losses, predictions, statistics of batch norms, whether a task's losses
   // are finite, then theta_K (with adapted), one per parameter. forms: which may be chosen, as bits
   // (1 dense, 2 factored, 4 gram; without the last where theta_K is returned). What the derivative
@@ -44,11 +45,12 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "inner_loop_forward(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
       "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, Tensor? y_q, Tensor(a!)? tape, "
       "int[] layers, float[] constants, float[] alpha, int steps, int loss, int query_loss, "
-      "int forms, bool psd, bool adapted) -> Tensor[]");
+      "int forms, bool psd, bool adapt, bool adapted) -> Tensor[]");
   m.def(
       "inner_loop_tape(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
       "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, Tensor? y_q, int[] layers, "
-      "float[] constants, float[] alpha, int steps, int loss, int query_loss, int forms, bool psd) "
+      "float[] constants, float[] alpha, int steps, int loss, int query_loss, int forms, bool psd, "
+      "bool adapt) "
       "-> int");
   // forward and backward at once for a cotangent of 1 of every task's query loss: the outputs of
   // inner_loop_forward, then those of inner_loop_backward
@@ -56,14 +58,15 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "inner_loop_gradient(Tensor[] theta, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
       "Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor x_q, Tensor y_q, int[] layers, "
       "float[] constants, float[] alpha, int steps, int loss, int query_loss, int forms, bool psd, "
-      "bool first_order, int[] wanted, bool want_x_s, bool want_x_q) -> Tensor[]");
+      "bool adapt, bool first_order, int[] wanted, bool want_x_s, bool want_x_q) -> Tensor[]");
   // the vector-Jacobian product: what is wanted of every parameter, in the order of the bits
   // (1 theta, 2 left, 4 right, 8 bias, 16 scale), then of the inputs
   m.def(
       "inner_loop_backward(Tensor? d_loss, Tensor?[] d_adapted, Tensor[] theta, Tensor?[] left, "
       "Tensor?[] right, Tensor?[] bias, Tensor?[] scale, Tensor x_s, Tensor y_s, Tensor? x_q, "
       "Tensor? y_q, Tensor tape, int[] layers, float[] constants, float[] alpha, int steps, "
-      "int loss, int query_loss, int forms, bool psd, bool first_order, int[] wanted, bool "
+      "int loss, int query_loss, int forms, bool psd, bool adapt, bool first_order, int[] wanted, "
+      "bool "
       "want_x_s, "
       "bool want_x_q) -> Tensor[]");
 }

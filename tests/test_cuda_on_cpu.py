@@ -62,6 +62,7 @@ def arguments(c, **changes):
     spec = Spec(
         c.layers, present, options["lr"], options["steps"], (loss, loss), options["psd"],
         options.get("first_order", False), False, native=True, form=options.get("form", "auto"),
+        adapt=options.get("adapt_transform", False),
     )  # fmt: skip
     data = [None if x is None else x.detach() for x in c.data]
     return (*groups, *data), spec
@@ -128,6 +129,13 @@ def test_every_model(emulated, model, transform):
 )
 def test_forms(emulated, options, transform, form):
     check(emulated, case("two layers", transform, **({"tasks": 2} | options), form=form))
+
+
+@pytest.mark.parametrize("transform", ["psd", "factors", "left", "right"])
+@pytest.mark.parametrize("model", ["head", "two layers", "norm first"])
+@pytest.mark.parametrize("options", [{"own": True}, {"first_order": True}, {"steps": 3}], ids=str)
+def test_adapted_transforms(emulated, model, transform, options):
+    check(emulated, case(model, transform, tasks=2, adapt_transform=True, **options))
 
 
 def test_adapted_parameters(emulated):

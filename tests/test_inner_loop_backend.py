@@ -28,6 +28,10 @@ LEARNERS = {
     "meta-sgd": lambda m: MetaSGD(m, lr=0.1),
     "kfo": lambda m: GBML(m, transform=kronecker(True), lr=0.1),
     "not psd": lambda m: GBML(m, transform=kronecker(False), lr=0.1),
+    "adapted": lambda m: GBML(m, transform=kronecker(True), lr=0.1, adapt_transform=True),
+    "adapted, first order": lambda m: GBML(
+        m, transform=kronecker(False), lr=0.1, adapt_transform=True, first_order=True
+    ),
     "no bias": lambda m: GBML(m, transform=kronecker(True, bias=False), lr=0.1),
     "scale": lambda m: GBML(m, transform=lambda p: fastkfo.nn.Scale(p.shape), lr=0.1),
     "curvature": lambda m: GBML(m, transform=MetaCurvatureTransform, lr=0.1),
@@ -297,7 +301,10 @@ def test_more_reasons():
     assert "memory" in reason(learner, memory="adjoint")
     assert "chunk_size" in reason(learner, chunk_size=2)
     assert "loss is neither" in reason(learner, F.l1_loss)
-    assert "adapt_transform" in reason(learner, adapt_transform=True)
+    curvature = made("two layers", "curvature")
+    assert "meta-curvature is not adapted" in reason(curvature, adapt_transform=True)
+    learned = made("two layers", "learned rate")
+    assert "a learned rate" in reason(learned, adapt_transform=True)
     assert "backend='loop'" in reason(learner, backend="loop")
     tied = module("no activation")
     tied[1].bias = nn.Parameter(torch.zeros(4).double())

@@ -24,6 +24,11 @@ def compare(c, cotangents, tolerance=1e-10, **options):
     """The kernels' results are the formula's."""
     mine, my_grads = gradients(c, cotangents, "native", **options)
     want, grads = gradients(c, cotangents, "reference", **options)
+    with torch.no_grad():  # keeps nothing, and so lies elsewhere in memory
+        kept_none = c(implementation="native", **options)
+    for name in ("loss", "predictions", "support_loss", "statistics"):
+        a, b = getattr(kept_none, name), getattr(want, name)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
     for name, x, y in zip(mine._fields, mine, want, strict=True):
         for a, b in zip(x, y, strict=True) if isinstance(x, list) else [(x, y)]:
             assert a.shape == b.shape, name
@@ -47,6 +52,33 @@ def weights(tasks, equal=False):
 @pytest.mark.parametrize("model", MODELS)
 def test_value_and_gradient(model, transform, steps):
     compare(case(model, transform, steps=steps), weights(3, equal=steps == 3))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("transform", ["none", "psd", "factors", "left", "right"])
+@pytest.mark.parametrize("model", MODELS)
+def test_adapted_transforms(model, transform, steps):
+    c = case(model, transform, steps=steps, adapt_transform=True)
+    compare(c, weights(3, equal=steps == 5))
+
+
+@pytest.mark.parametrize("transform", ["psd", "factors", "left", "right"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"own": True},
+        {"tasks": 33, "samples": 3},
+        {"samples": 40, "queries": 2},
+        {"first_order": True},
+        {"bias": False},
+        {"loss": "mse", "reduction": "sum"},
+    ],
+    ids=str,
+)
+def test_options_of_adapted_transforms(transform, options):
+    c = case("two layers", transform, **({"steps": 3} | options), adapt_transform=True)
+    compare(c, weights(c.data[0].shape[0]))
+    compare(c, weights(c.data[0].shape[0], equal=True))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -264,7 +296,7 @@ def test_opcheck(adapted):
     places = dict(zip(kinds, (0, 8, 9, 6), strict=True))
     for layer in c.layers:
         numbers += [places[layer.kind], *layer[1:5]]
-    rest = (numbers, [x.constant for x in c.layers], c.options["lr"], 2, 0, 0, 7, True)
+    rest = (numbers, [x.constant for x in c.layers], c.options["lr"], 2, 0, 0, 7, True, False)
     data = [x.detach() for x in c.data]
     ops = torch.ops.fastkfo
     size = ops.inner_loop_tape(*spec_groups, *data, *rest)

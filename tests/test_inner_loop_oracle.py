@@ -38,6 +38,12 @@ KINDS = {
     "kfo": lambda lib, m: lib.algorithms.GBML(m, transform=kronecker(lib, psd=True), lr=0.05),
     "not psd": lambda lib, m: lib.algorithms.GBML(m, transform=kronecker(lib, psd=False), lr=0.05),
     "no bias": lambda lib, m: lib.algorithms.GBML(m, transform=kronecker(lib, bias=False), lr=0.05),
+    "adapted": lambda lib, m: lib.algorithms.GBML(
+        m, transform=kronecker(lib, psd=True), lr=0.05, adapt_transform=True
+    ),
+    "adapted, not psd": lambda lib, m: lib.algorithms.GBML(
+        m, transform=kronecker(lib, psd=False), lr=0.05, adapt_transform=True
+    ),
     "curvature": lambda lib, m: lib.algorithms.GBML(
         m, transform=lib.optim.MetaCurvatureTransform, lr=0.05
     ),

@@ -92,7 +92,7 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
                          outputs.of_task(t));
     look(outputs, t);
     if (!adapted) return;
-    const int64_t last = keep ? plan.steps - 1 : plan.steps % 2;
+    const int64_t last = keep ? plan.steps - 1 : (plan.steps - 1) % 2;
     for (size_t i = 0; i < params.size(); ++i) {
       const Param& p = params[i];
       const S* from = plan.steps > 0 ? own_tape + plan.thetas + last * plan.later + p.next

@@ -34,6 +34,9 @@ class Prepared : public Checked<S> {
         const int64_t places[] = {p.at, p.a, p.c, p.beta, p.s};
         if (squared(which)) {
           square(from, given_rows(i, which), columns(p, which), block + places[which]);
+          const int64_t factor = which == 1 ? p.l : p.r;
+          if (factor != places[which])
+            copy(from, rows(p, which), columns(p, which), block + factor);
           continue;
         }
         copy(from, rows(p, which), columns(p, which), block + places[which]);

@@ -44,12 +44,12 @@ bool is_finite(const S* x, int64_t ld, int64_t rows, int64_t columns) {
 template <class S>
 void deliver(const Prepared<S>& prepared, const Output<S>& out, int64_t t, S* g) {
   S* to = data_of<S>(out.tensor) + t * prepared.given_size(out.param, out.which);
-  if (out.which == 2 && !prepared.squared(2)) {  // the algorithm leaves it transposed
+  if (prepared.gradient_transposed(out.which)) {
     for (int64_t r = 0; r < out.rows; ++r)
       for (int64_t c = 0; c < out.columns; ++c) to[r * out.columns + c] = g[c * out.ld + r];
     return;
   }
-  if (prepared.squared(out.which))
+  if (prepared.gradient_squared(out.which))
     prepared.through_square(out.param, out.which, t, g, out.ld, to);
   else
     take_rows(g, out.ld, out.rows, out.columns, to);

@@ -91,6 +91,8 @@ struct PackedOperands {
         add(i, which, places[which], prepared.squared(which) ? kSquared : kAsItIs);
         if (which == 1 && p.a_t != p.a) add(i, which, p.a_t, kTransposed);
         if (which == 2 && p.c_t != p.c) add(i, which, p.c_t, kTransposed);
+        if (which == 1 && p.l != p.a) add(i, which, p.l, kAsItIs);
+        if (which == 2 && p.r != p.c) add(i, which, p.r, kAsItIs);
       }
     }
     cuda::launch(pack<S, kMostPacked>, grid_of(most, count), 0, prepared.stream, all);
@@ -217,7 +219,7 @@ class Sums {
       results.push_back(out.tensor);
       S* to = data_of<S>(out.tensor);
       const int64_t copies = out.own ? prepared_.tasks : 1;
-      if (prepared_.squared(out.which)) {
+      if (prepared_.gradient_squared(out.which)) {
         rooms.push_back(empty_of(out.tensor, {copies, out.rows, out.columns}));
         S* room = data_of<S>(rooms.back());
         squares.item[squared++] = {prepared_.of(out.which, out.param),
@@ -229,7 +231,7 @@ class Sums {
         most_squared = std::max(most_squared, out.tensor.numel());
         to = room;
       }
-      const bool transposed = out.which == 2 && !prepared_.squared(2);
+      const bool transposed = prepared_.gradient_transposed(out.which);
       all.item[count++] = {to,
                            out.at,
                            static_cast<int32_t>(out.rows),

@@ -115,7 +115,7 @@ class BlockTask {
     if (threadIdx.x == 0) call.finite[t] = zero == 0;
   }
   FASTKFO_FN void give(const Param& p, S* all) {
-    const int64_t last = plan.keep ? plan.steps - 1 : plan.steps % 2;
+    const int64_t last = plan.keep ? plan.steps - 1 : (plan.steps - 1) % 2;
     const S* from = plan.steps > 0 ? tape + plan.thetas + last * plan.later + p.next
                                    : (p.own[0] ? blocks.own : blocks.shared) + p.at;
     const int64_t columns = p.cols, ld = p.ld;

@@ -22,7 +22,7 @@ struct Call {
   Ints layers;  // five per layer: kind, in, out, weight, bias
   Floats constants, alpha;
   int64_t steps, loss, query_loss, forms;
-  bool psd, first_order;
+  bool psd, first_order, adapt;
 };
 
 inline void same_dtype(const Tensor& x, const Tensor& like, const char* name) {
@@ -51,6 +51,8 @@ class Checked {
     plan.loss = static_cast<int32_t>(call.loss);
     plan.query_loss = static_cast<int32_t>(call.query_loss);
     plan.first_order = call.first_order;
+    plan.psd = call.psd;
+    plan.adapt = call.adapt;
     plan.keep = keep;
     plan.want_x_s = want_x_s;
     plan.want_x_q = want_x_q;
@@ -94,6 +96,12 @@ class Checked {
   }
   int64_t given_size(size_t i, int which) const {
     return given_rows(i, which) * columns(planned.params[i], which);
+  }
+  // Whether the algorithm's gradient is that of the square, and not of the factor itself.
+  bool gradient_squared(int which) const { return squared(which) && !call_.adapt; }
+  // Whether it leaves the gradient transposed.
+  bool gradient_transposed(int which) const {
+    return which == 2 && !gradient_squared(which) && !call_.adapt;
   }
   bool squared(int which) const { return call_.psd && (which == 1 || which == 2); }
   // An operand's numbers, or null
@@ -210,6 +218,9 @@ class Checked {
         const bool factor = which == 1 || which == 2;
         STD_TORCH_CHECK(!factor || (x.dim() >= 2 && x.size(x.dim() - 1) == columns(p, which)),
                         "fastkfo: operand ", which, " of parameter ", i, " does not fit");
+        STD_TORCH_CHECK(!call_.adapt || (which != 4 && (!squared(which) ||
+                                                        given_rows(i, which) == columns(p, which))),
+                        "fastkfo: operand ", which, " of parameter ", i, " cannot be adapted");
         const int64_t n = given_size(i, which);
         // Of one task, the two are the same.
         p.own[which] = tasks > 1 && x.numel() == n * tasks && (!factor || x.dim() == 3);

@@ -33,6 +33,7 @@ class Forms {
   Form cheapest(size_t l) const {
     const Layer& layer = layers_[l];
     const Param& p = params_[layer.weight];
+    if (plan_.adapt) return kDense;  // its steps take G itself
     const bool first = l == 0;
     Form best = kFactored;
     double least = may(kFactored) ? factored(layer, p, first) : -1;

@@ -37,7 +37,7 @@ class GramLayer : private Places<Exec> {
       : P(places),
         layer(plan.layer[0]),
         param(plan.param[layer.weight]),
-        by(this->operands(param)),
+        by(this->operands(param, 0)),
         n(layer.out),
         m(layer.in),
         samples(plan.support.samples),

@@ -62,12 +62,13 @@ struct Blocks {
 template <class S>
 struct Work {
   Room<S> room;
-  S* lanes;      // 6 rows of means
-  S* record;     // derivatives along V, a support pass
-  S* query;      // cotangents of a query pass
-  S* v;          // a block of later parameters, of which only vectors are used
-  S* fixed;      // the sum of lambda' P of a first layer [in, ld]
-  S* gram;       // see Gram
+  S* lanes;   // 6 rows of means
+  S* record;  // derivatives along V, a support pass
+  S* query;   // cotangents of a query pass
+  S* v;       // a block of later parameters, of which only vectors are used; all, if phi is adapted
+  S* fixed;   // the sum of lambda' P of a first layer [in, ld]
+  S* gram;    // see Gram
+  S* adapt;   // see AdaptPlaces
   S* x_s_grad;   // [in, ld]
   S* gradients;  // a block of gradients
 };
@@ -82,6 +83,7 @@ FASTKFO_ANYWHERE inline Work<S> work_at(const WorkPlaces& at, S* m) {
           m + at.v,
           m + at.fixed,
           m + at.gram,
+          m + at.adapt,
           m + at.x_s_grad,
           m + at.gradients};
 }

@@ -28,7 +28,7 @@ struct Ops {
                          MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                          MaybeTensor y_q, MaybeTensor tape, Ints layers, Floats constants,
                          Floats alpha, int64_t steps, int64_t loss, int64_t query_loss,
-                         int64_t forms, bool psd, bool adapted) {
+                         int64_t forms, bool psd, bool adapt, bool adapted) {
     Call call{{optional(theta), left, right, bias, scale},
               x_s,
               y_s,
@@ -42,13 +42,14 @@ struct Ops {
               query_loss,
               forms,
               psd,
-              false};
+              false,
+              adapt};
     return Machine::forward(call, tape, adapted);
   }
   static int64_t tape(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                       MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q, MaybeTensor y_q,
                       Ints layers, Floats constants, Floats alpha, int64_t steps, int64_t loss,
-                      int64_t query_loss, int64_t forms, bool psd) {
+                      int64_t query_loss, int64_t forms, bool psd, bool adapt) {
     Call call{{optional(theta), left, right, bias, scale},
               x_s,
               y_s,
@@ -62,13 +63,14 @@ struct Ops {
               query_loss,
               forms,
               psd,
-              false};
+              false,
+              adapt};
     return Machine::tape(call);
   }
   static Tensors gradient(Tensors theta, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
                           MaybeTensors scale, Tensor x_s, Tensor y_s, Tensor x_q, Tensor y_q,
                           Ints layers, Floats constants, Floats alpha, int64_t steps, int64_t loss,
-                          int64_t query_loss, int64_t forms, bool psd, bool first_order,
+                          int64_t query_loss, int64_t forms, bool psd, bool adapt, bool first_order,
                           Ints wanted, bool want_x_s, bool want_x_q) {
     Call call{{optional(theta), left, right, bias, scale},
               x_s,
@@ -83,7 +85,8 @@ struct Ops {
               query_loss,
               forms,
               psd,
-              first_order};
+              first_order,
+              adapt};
     return Machine::gradient(call, wanted, want_x_s, want_x_q);
   }
   static Tensors backward(MaybeTensor d_loss, MaybeTensors d_adapted, Tensors theta,
@@ -91,7 +94,7 @@ struct Ops {
                           MaybeTensors scale, Tensor x_s, Tensor y_s, MaybeTensor x_q,
                           MaybeTensor y_q, Tensor tape, Ints layers, Floats constants, Floats alpha,
                           int64_t steps, int64_t loss, int64_t query_loss, int64_t forms, bool psd,
-                          bool first_order, Ints wanted, bool want_x_s, bool want_x_q) {
+                          bool adapt, bool first_order, Ints wanted, bool want_x_s, bool want_x_q) {
     Call call{{optional(theta), left, right, bias, scale},
               x_s,
               y_s,
@@ -105,7 +108,8 @@ struct Ops {
               query_loss,
               forms,
               psd,
-              first_order};
+              first_order,
+              adapt};
     return Machine::backward(call, d_loss, d_adapted, tape, wanted, want_x_s, want_x_q);
   }
 };

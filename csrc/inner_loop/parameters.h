@@ -93,10 +93,14 @@ struct WeightUpdate {
       ex.each(size(), [=](int64_t i) { to[i] = factor * g[i] + (from ? from[i] : S(0)); });
     }
   }
-  // The dense form: g = D X', g_c = G C
-  FASTKFO_FN void gradient(const WeightStep<S>& step, S* g, S* g_c) const {
+  // The dense form: g = D X'
+  FASTKFO_FN void gradient(const WeightStep<S>& step, S* g) const {
+    ex.product(param.rows, param.cols, step.samples, {step.d, step.ld, 1}, step.x_rows, param.ld, g,
+               param.ld);
+  }
+  // g_c = G C
+  FASTKFO_FN void times_right(const S* g, S* g_c) const {
     const int64_t n = param.rows, m = param.cols, ld = param.ld;
-    ex.product(n, m, step.samples, {step.d, step.ld, 1}, step.x_rows, ld, g, ld);
     if (by.c) ex.product(n, m, m, {g, ld, 1}, by.c, by.ld_c, g_c, ld);
   }
 
@@ -203,6 +207,11 @@ struct WeightUpdate {
       ex.product(n, m, m, {half, ld, 1}, by.c_t, by.ld_c, v, ld, -rate);
     else
       ex.each(size(), [=](int64_t i) { v[i] = -rate * half[i]; });
+    tangents(step, v, along);
+  }
+  // V X and V' D from V
+  FASTKFO_FN void tangents(const WeightStep<S>& step, const S* v, const Along<S>& along) const {
+    const int64_t n = param.rows, m = param.cols, ld = param.ld;
     ex.product(n, step.samples, m, {v, ld, 1}, step.x, step.ld, along.v_x, step.ld);
     if (along.v_d)
       ex.product(m, step.samples, n, {v, 1, ld}, step.d, step.ld, along.v_d, step.ld, S(1),

@@ -22,11 +22,11 @@ class Places {
 
   FASTKFO_FN S* x() const { return tape + plan.x; }
   FASTKFO_FN S* support_record(int k) const {
-    return tape + plan.records + (plan.keep ? k * plan.support.size : 0);
+    return tape + plan.records + (plan.keep ? k : plan.adapt ? k % 2 : 0) * plan.support.size;
   }
   FASTKFO_FN const S* block(bool own) const { return own ? blocks.own : blocks.shared; }
   FASTKFO_FN S* theta_after(int k) const {  // k >= 1
-    return tape + plan.thetas + (plan.keep ? k - 1 : k % 2) * plan.later;
+    return tape + plan.thetas + (plan.keep ? k - 1 : (k - 1) % 2) * plan.later;
   }
   FASTKFO_FN const S* theta(int k, const Param& p) const {
     return k == 0 ? block(p.own[0]) + p.at : theta_after(k) + p.next;
@@ -40,19 +40,33 @@ class Places {
   FASTKFO_FN S* lambda_of(int index) const {
     return index < 0 ? nullptr : scratch.gradients + plan.param[index].g;
   }
-  FASTKFO_FN Operands<S> operands(const Param& p) const {
+  // The block of operands of an adapted transform, k >= 1
+  FASTKFO_FN S* phi(int k) const {
+    return tape + plan.phis + (plan.keep ? k - 1 : (k - 1) % 2) * plan.operands;
+  }
+  FASTKFO_FN const S* block_of(const Param& p, int which, int k) const {
+    return plan.adapt && k > 0 && which < 4 ? phi(k) : block(p.own[which]);
+  }
+  // L or R themselves
+  FASTKFO_FN const S* raw(const Param& p, int k, bool left) const {
+    return left ? block_of(p, 1, k) + p.l : block_of(p, 2, k) + p.r;
+  }
+  FASTKFO_FN Operands<S> operands(const Param& p, int k) const {
     const int64_t pad = Exec::kPad;
     const auto at = [&](bool there, int which, int64_t place) -> const S* {
-      return there ? block(p.own[which]) + place : nullptr;
+      return there ? block_of(p, which, k) + place : nullptr;
     };
     return {at(p.left, 1, p.a),          at(p.left, 1, p.a_t),       at(p.right, 2, p.c),
             at(p.right, 2, p.c_t),       at(p.bias, 3, p.beta),      at(p.scale, 4, p.s),
             (p.n + pad - 1) / pad * pad, (p.m + pad - 1) / pad * pad};
   }
+  static FASTKFO_FN bool has(const Param& p, int64_t bit) {
+    return bit == kLeft ? p.left : bit == kRight ? p.right : bit == kBias ? p.bias : p.scale;
+  }
   FASTKFO_FN Gradients<S> gradients(const Param& p) const {
     S* g = scratch.gradients;
     const auto at = [&](bool here, int64_t bit, int64_t place) -> S* {
-      return here && p.wanted & bit ? g + place : nullptr;
+      return here && (p.wanted & bit || (plan.adapt && has(p, bit))) ? g + place : nullptr;
     };
     return {p.late ? nullptr : g + p.g, at(true, kLeft, p.g_a), at(!p.late, kRight, p.g_c),
             at(!p.late, kBias, p.g_beta), at(true, kScale, p.g_s)};

@@ -53,6 +53,7 @@ struct Param {
   double alpha;
   int64_t at;                        // theta_0, in a block of operands
   int64_t a, a_t, c, c_t, beta, s;   // likewise; a_t is the transpose, a itself if A is symmetric
+  int64_t l, r;                      // the factors themselves, where they are adapted
   int64_t next;                      // in a block of theta_1, theta_2, ..., and of V
   int64_t g, g_a, g_c, g_beta, g_s;  // in a block of gradients; theta's is also lambda
   bool late;                         // theta's, C's and beta's are not in it: gram.h forms them
@@ -93,10 +94,17 @@ struct Gram {
   int64_t back, forth;    // D_q' P [queries, ld], P' D_q [samples, query ld]
 };
 
+// Where the steps of an adapted transform have their pieces in scratch: see Adapting.
+struct AdaptPlaces {
+  int64_t work;  // of all of them
+  int64_t t, turned, s_a, s_c, cross_a, cross_c, d_a, d_c, copy;
+  int64_t carried;  // a block of later parameters
+};
+
 // Where the pieces of working memory begin: see Work.
 struct WorkPlaces {
   int64_t rows_in, rows_out, cols_out, cols_in, square, dense, lanes;
-  int64_t record, query, v, fixed, gram, x_s_grad, gradients;
+  int64_t record, query, v, fixed, gram, adapt, x_s_grad, gradients;
   int64_t forward, all;  // numbers that a forward pass needs, and with the backward pass
 };
 
@@ -104,16 +112,19 @@ struct Plan {
   int32_t layers, params, steps, classes, in, ld_in;
   int32_t loss, query_loss;
   bool first_order, has_query, has_query_targets, keep;
+  bool adapt, psd;  // whether the transform takes steps too; whether factors are squared
   bool want_x_s, want_x_q;
   const Layer* layer;
   const Param* param;
   Pass support, query;
   Gram gram;
+  AdaptPlaces adapting;
   WorkPlaces work;
   int64_t later, operands, gradients;  // sizes of blocks: theta_1 and its like, ...
-  // A task's tape: what does not change from step to step, the records, theta_1 ... theta_K.
+  // A task's tape: what does not change from step to step, the records, theta_1 ... theta_K,
+  // and the blocks of operands phi_1 ... phi_{K-1} of an adapted transform.
   int64_t x_rows, q0, q0_t;  // support inputs [samples, in], X C, its transpose
-  int64_t x, records, query_record, thetas, tape;
+  int64_t x, records, query_record, thetas, phis, tape;
   // Statistics of batch norms: mean and biased variance of every layer, pass by pass.
   int64_t statistics;
   int64_t lanes;  // the longest row of means

@@ -39,6 +39,7 @@ struct Planned {
     place_pass(p.query, query, p.has_query ? query_samples : 0);
     place_tape();
     if (p.gram.used) place_gram_work();
+    if (p.adapt) place_adapting();
     place_work();
     p.layer = layers.data();
     p.param = params.data();
@@ -67,13 +68,19 @@ struct Planned {
     x.a_t = symmetric ? x.a : take(p.operands, x.left, left);
     x.c = take(p.operands, x.right, right);
     x.c_t = symmetric ? x.c : take(p.operands, x.right, right);
+    const bool factors_too = p.adapt && p.psd;
+    x.l = factors_too ? take(p.operands, x.left, left) : x.a;
+    x.r = factors_too ? take(p.operands, x.right, right) : x.c;
     x.beta = take(p.operands, x.bias, size);
     x.s = take(p.operands, x.scale, size);
     x.next = take(p.later, !x.late, size);
     x.g = take(p.gradients, !x.late, size);
-    x.g_a = take(p.gradients, x.wanted & kLeft, left);
-    x.g_c = take(p.gradients, x.wanted & kRight && !x.late, right);
-    x.g_beta = take(p.gradients, x.wanted & kBias && !x.late, size);
+    const auto needs = [&](int64_t bit, bool there) {
+      return there && (p.adapt || x.wanted & bit);
+    };
+    x.g_a = take(p.gradients, needs(kLeft, x.left), left);
+    x.g_c = take(p.gradients, needs(kRight, x.right) && !x.late, right);
+    x.g_beta = take(p.gradients, needs(kBias, x.bias) && !x.late, size);
     x.g_s = take(p.gradients, x.wanted & kScale, size);
   }
 
@@ -131,11 +138,39 @@ struct Planned {
     p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
     p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
     if (p.gram.used) place_gram(end);
-    const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, 1);
+    const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, p.adapt ? 2 : 1);
     p.records = take(true, kept * p.support.size);
     p.query_record = take(true, p.query.size);
     p.thetas = take(true, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.later);
+    const int64_t phis = p.adapt ? std::max<int64_t>(p.steps - 1, 0) : 0;
+    p.phis = take(true, (p.keep ? phis : std::min<int64_t>(phis, 2)) * p.operands);
     p.tape = end;
+  }
+
+  void place_adapting() {
+    AdaptPlaces& a = plan.adapting;
+    int64_t value = 0, turned = 0, left = 0, right = 0;
+    for (const Param& x : params) {
+      value = std::max(value, int64_t(x.rows) * x.ld);
+      left = std::max(left, x.n * padded(x.n));
+      right = std::max(right, x.m * padded(x.m));
+      turned = std::max({turned, left, right, x.m * padded(x.n)});
+    }
+    const auto take = [&](int64_t n) {
+      const int64_t at = a.work;
+      a.work += padded(n);
+      return at;
+    };
+    a.t = take(value);
+    a.turned = take(turned);
+    a.s_a = take(left);
+    a.s_c = take(right);
+    a.cross_a = take(left);
+    a.cross_c = take(right);
+    a.d_a = take(left);
+    a.d_c = take(right);
+    a.copy = take(std::max(left, right));
+    a.carried = take(plan.later);
   }
 
   void place_gram(int64_t& end) {
@@ -208,6 +243,7 @@ struct Planned {
     w.square = take(square);
     w.dense = take(dense);
     w.lanes = take(6 * lanes);
+    w.adapt = take(p.adapting.work);
     w.forward = end;
     w.record = take(p.support.work);
     w.query = take(p.query.size);

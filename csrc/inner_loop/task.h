@@ -9,6 +9,7 @@
 // docs/inner_loop.md has the derivation.
 #pragma once
 
+#include "inner_loop/adapting.h"
 #include "inner_loop/gram.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
@@ -73,9 +74,13 @@ class Task : private Places<Exec> {
     if (plan.has_query_targets) query_backward(cotangent, x_q_grad);
     if (plan.want_x_s) clear(scratch.x_s_grad, plan.support);
     if (sums_lambda_p()) clear(scratch.fixed, plan.support);
+    if (plan.adapt) {
+      S* carried = scratch.adapt + plan.adapting.carried;
+      ex.each(plan.later, [=](int64_t i) { carried[i] = 0; });
+    }
     for (int k = plan.steps - 1; k >= 0; --k) {
       const S* record = support_record(k);
-      adjoint(record);
+      adjoint(record, k);
       if (plan.first_order) continue;
       tangent_forward(record, k);
       tangent_backward(record, k);
@@ -116,7 +121,7 @@ class Task : private Places<Exec> {
     take_features(data.x_s, pass, tape + plan.x_rows, x());
     if (plan.layer[0].kind != kLinear) return;
     const Param& p = plan.param[plan.layer[0].weight];
-    const Operands<S> by = operands(p);
+    const Operands<S> by = operands(p, 0);
     const WeightUpdate<Exec> update{ex, p, by, scratch.room};
     const int64_t ld = p.ld;
     if (p.right && plan.layer[0].form != kDense) {
@@ -222,12 +227,14 @@ class Task : private Places<Exec> {
       vector_gradients(plan.support, record, at, l, k, record + s.g_w, record + s.g_b);
       if (layer.kind == kLinear) {
         const Param& p = plan.param[layer.weight];
-        const Operands<S> by = operands(p);
+        const Operands<S> by = operands(p, k);
         const WeightUpdate<Exec> update{ex, p, by, scratch.room};
         const WeightStep<S> w = weight_step(record, l);
         if (layer.form == kDense) {
           if (l > 0) ex.transpose(p.cols, w.samples, w.x, w.ld, record + s.q, p.ld);
-          update.gradient(w, record + s.g, record + s.g_c);
+          update.gradient(w, record + s.g);
+          adapt(layer.weight, k, s.g);
+          update.times_right(record + s.g, record + s.g_c);
         } else {
           if (p.left) update.left(w, record + s.p);
           if (l > 0) update.right(w.x, w.samples, w.ld, record + s.q);
@@ -237,15 +244,23 @@ class Task : private Places<Exec> {
         else
           update.step(layer.form, w, theta(k, p), next + p.next);
       } else {
-        vector_step(layer.weight, record + s.g_w, k);
+        vector_step(layer.weight, s.g_w, k);
       }
-      vector_step(layer.bias, record + s.g_b, k);
+      vector_step(layer.bias, s.g_b, k);
     }
   }
-  FASTKFO_FN void vector_step(int index, const S* g, int k) {
+  // phi_k of one parameter, whose gradient lies at `at` in a record
+  FASTKFO_FN void adapt(int index, int k, int64_t at) {
+    if (plan.adapt && k > 0)
+      Adapting<Exec>(*this, plan.param[index])
+          .step(k, support_record(k - 1) + at, support_record(k) + at);
+  }
+  FASTKFO_FN void vector_step(int index, int64_t at, int k) {
     if (index < 0) return;
+    adapt(index, k, at);
+    const S* g = support_record(k) + at;
     const Param& p = plan.param[index];
-    const Operands<S> by = operands(p);
+    const Operands<S> by = operands(p, k);
     VectorUpdate<Exec>{ex, p, by}.step(g, theta(k, p), theta_after(k + 1) + p.next, scratch.lanes);
   }
 
@@ -288,20 +303,20 @@ class Task : private Places<Exec> {
   }
 
   // The gradients of the operands in step k, and what the derivatives along V begin with
-  FASTKFO_FN void adjoint(const S* record) {
+  FASTKFO_FN void adjoint(const S* record, int k) {
     for (int l = 0; l < plan.layers; ++l) {
       const Layer& layer = plan.layer[l];
       if (layer.kind == kLinear)
-        weight_adjoint(record, l);
+        weight_adjoint(record, l, k);
       else
-        vector_adjoint(layer.weight, record + plan.support.slots[l].g_w);
-      vector_adjoint(layer.bias, record + plan.support.slots[l].g_b);
+        vector_adjoint(layer.weight, plan.support.slots[l].g_w, k);
+      vector_adjoint(layer.bias, plan.support.slots[l].g_b, k);
     }
   }
-  FASTKFO_FN void weight_adjoint(const S* record, int l) {
+  FASTKFO_FN void weight_adjoint(const S* record, int l, int k) {
     const Layer& layer = plan.layer[l];
     const Param& p = plan.param[layer.weight];
-    const Operands<S> by = operands(p);
+    const Operands<S> by = operands(p, 0);
     const WeightStep<S> step = weight_step(record, l);
     const WeightUpdate<Exec> update{ex, p, by, scratch.room};
     const Span<S> at = tangent_span(record, l);
@@ -309,6 +324,11 @@ class Task : private Places<Exec> {
     const bool tangents = !plan.first_order;
     Along<S> along{tangents ? at.y_t : nullptr, tangents ? at.d_x_t : nullptr,
                    l == 0 ? at.d_x_t : nullptr};
+    if (plan.adapt) {
+      adapted_adjoint(layer.weight, plan.support.slots[l].g, k);
+      if (tangents) update.tangents(step, v_of(layer.weight), along);
+      return;
+    }
     if (layer.form == kDense) return update.dense_adjoint(step, lambda, gradients(p), along);
     if (layer.form == kGram) return GramLayer<Exec>(*this).adjoint(step, gradients(p), along.v_x);
     if (l == 0) along.v_d = nullptr;  // from their sum in the end
@@ -330,18 +350,25 @@ class Task : private Places<Exec> {
     }
     if (!sums_lambda_p()) return;
     const Param& p = plan.param[plan.layer[0].weight];
-    const Operands<S> by = operands(p);
+    const Operands<S> by = operands(p, 0);
     const WeightUpdate<Exec> update{ex, p, by, scratch.room};
     const WeightStep<S> step = weight_step(support_record(0), 0);
     if (S* to = gradients(p).c) update.right_gradient(step, scratch.fixed, to);
     S* inputs = scratch.x_s_grad;
     if (to_inputs) update.right_tangent(step, scratch.fixed, {nullptr, inputs, inputs});
   }
-  FASTKFO_FN void vector_adjoint(int index, const S* g) {
-    if (index < 0) return;
+  FASTKFO_FN void adapted_adjoint(int index, int64_t at, int k) {
     const Param& p = plan.param[index];
-    const Operands<S> by = operands(p);
-    VectorUpdate<Exec>{ex, p, by}.adjoint(g, lambda_of(index), gradients(p),
+    const S* before = k > 0 ? support_record(k - 1) + at : nullptr;
+    Adapting<Exec>(*this, p).adjoint(k, before, support_record(k) + at, lambda_of(index),
+                                     v_of(index), scratch.adapt + plan.adapting.carried + p.next);
+  }
+  FASTKFO_FN void vector_adjoint(int index, int64_t at, int k) {
+    if (index < 0) return;
+    if (plan.adapt) return adapted_adjoint(index, at, k);
+    const Param& p = plan.param[index];
+    const Operands<S> by = operands(p, k);
+    VectorUpdate<Exec>{ex, p, by}.adjoint(support_record(k) + at, lambda_of(index), gradients(p),
                                           plan.first_order ? nullptr : v_of(index), scratch.lanes,
                                           scratch.lanes + scratch_row());
   }

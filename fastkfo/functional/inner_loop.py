@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkfo.functional import checks
 from fastkfo.functional.inner_loop_autograd import run
 from fastkfo.functional.inner_loop_checks import (
+    check_adaptable,
     check_inputs,
     check_layers,
     check_operands,
@@ -49,6 +50,7 @@ def inner_loop(
     query_loss: str | None = None,
     query_reduction: str | None = None,
     first_order: bool = False,
+    adapt_transform: bool = False,
     adapted: bool = False,
     form: str = "auto",
     implementation: str = "auto",
@@ -57,7 +59,9 @@ def inner_loop(
 
     For k = 0 … K − 1, `θ_{k+1} = θ_k − lr · S ∘ (A g_k C + β)` with `g_k = ∇ℓ_s(θ_k)` per task;
     then ℓ_q(θ_K). A is `left`, or `leftᵀ left` with `psd`; C is `right`, or `rightᵀ right`; an
-    operand that is None is absent. A vector's gradient counts as n × 1.
+    operand that is None is absent. A vector's gradient counts as n × 1. With `adapt_transform` the
+    operands φ = (L, R, β) take steps too, before each step k ≥ 1:
+    `φ_k = φ_{k−1} + lr² (∂U_{φ_{k−1}}(g_{k−1}) / ∂φ)ᵀ g_k`.
 
     Differentiable in every floating-point tensor but the targets. The derivative is a kernel; its
     own derivatives (a third order of the model) are those of the reference, which is run for them.
@@ -86,11 +90,13 @@ def inner_loop(
         query_loss: of the query; None: the same.
         query_reduction: of the query; None: the same.
         first_order: whether the g_k count as constants.
+        adapt_transform: whether L, R and β are adapted too. Factors are square then; there is no S
+            and no rate that is a tensor.
         adapted: whether θ_K is returned.
         form: how the kernels compute a linear layer's step, A G C with G = D Xᵀ: "dense" as it
-            stands, "factored" as (A D)(Xᵀ C), "gram" (a first layer only, without S, and without
-            `adapted`) by Xᵀ C X; "auto" counts multiplications. All are exact; a layer that one
-            does not fit is computed in the factored form.
+            stands, "factored" as (A D)(Xᵀ C), "gram" (a first layer only, no S, no `adapted`) by
+            Xᵀ C X; "auto" counts multiplications, and with `adapt_transform` is the dense one.
+            All are exact; a layer that one does not fit is computed in the factored form.
         implementation: "auto", "native" or "reference".
 
     Returns:
@@ -122,11 +128,23 @@ def inner_loop(
         groups.append([None] * count if group is None else list(group))
     alpha = rates_of(lr, groups, layers)
     check_operands(layers, groups, x_s, psd)
+    if adapt_transform:
+        check_adaptable(groups)
     chosen = selector.select(implementation, x_s.device, "inner_loop")
     if x_s.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x_s: expected float32 or float64, got {x_s.dtype}")
     present, flat = flattened(groups)
     spec = Spec(
-        layers, present, alpha, steps, kinds, psd, first_order, adapted, chosen == "native", form
+        layers,
+        present,
+        alpha,
+        steps,
+        kinds,
+        psd,
+        first_order,
+        adapted,
+        chosen == "native",
+        form,
+        adapt_transform,
     )
     return run(spec, flat, x_s, y_s, x_q, y_q)

@@ -26,9 +26,11 @@ def run(
     """The call that a `Spec` says."""
     if torch._C._are_functorch_transforms_active():
         return _by_reference(spec, x_s, y_s, x_q, y_q, flat, graph=True)
-    loss, support, predictions, statistics, finite, *theta = InnerLoop.apply(
-        spec, x_s, y_s, x_q, y_q, *flat
-    )
+    if torch.is_grad_enabled():
+        outputs = InnerLoop.apply(spec, x_s, y_s, x_q, y_q, *flat)
+    else:  # inside of it nobody could tell, and a gradient would be computed for nothing
+        outputs = _without_graph(spec, x_s, y_s, x_q, y_q, flat)
+    loss, support, predictions, statistics, finite, *theta = outputs
     return InnerLoopResult(
         None if y_q is None or x_q is None else loss,
         None if x_q is None else predictions,
@@ -64,16 +66,15 @@ class InnerLoop(Function):
         ctx.spec, ctx.tape, ctx.ready = spec, None, None
         data = (*spec.groups(flat), x_s, y_s, x_q, y_q)
         differentiable = any(wants)
-        if not spec.native:
-            results = _outputs(_by_reference(spec, x_s, y_s, x_q, y_q, flat), x_s)
-        elif differentiable and y_q is not None and not spec.adapted and x_s.device.type == "cpu":
+        if not spec.native or not differentiable:
+            results = _without_graph(spec, x_s, y_s, x_q, y_q, flat)
+        elif y_q is not None and not spec.adapted and x_s.device.type == "cpu":
             results = torch.ops.fastkfo.inner_loop_gradient.default(
                 *data, *spec.arguments, spec.first_order, spec.masks(wants[5:]), wants[1], wants[3]
             )
             ctx.ready, results = results[5:], results[:5]
         else:
-            if differentiable:
-                ctx.tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
+            ctx.tape = tapes.Tape(len(x_s), spec.tape_size(data), x_s)
             results = _run_native(spec, data, ctx.tape)
         if differentiable:
             ctx.save_for_backward(x_s, y_s, x_q, y_q, *flat)
@@ -113,6 +114,19 @@ class InnerLoop(Function):
         return (None, d_x_s, None, d_x_q, None, *own)
 
 
+def _without_graph(
+    spec: Spec,
+    x_s: Tensor,
+    y_s: Tensor,
+    x_q: Tensor | None,
+    y_q: Tensor | None,
+    flat: Sequence[Tensor],
+) -> list[Tensor]:
+    if spec.native:
+        return _run_native(spec, (*spec.groups(flat), x_s, y_s, x_q, y_q), None)
+    return _outputs(_by_reference(spec, x_s, y_s, x_q, y_q, flat), x_s)
+
+
 def _run_native(spec: Spec, data: tuple[Any, ...], tape: tapes.Tape | None) -> list[Tensor]:
     memory = None if tape is None else tape.tensor
     results: list[Tensor] = torch.ops.fastkfo.inner_loop_forward.default(
@@ -148,13 +162,11 @@ def _by_reference(
     graph: bool = False,
 ) -> InnerLoopResult:
     theta, left, right, bias, scale = spec.groups(flat)
-    if spec.psd:
-        left, right = ([None if x is None else x.mT @ x for x in group] for group in (left, right))
     loss, query_loss = (LOSSES[k] for k in spec.losses)
     found = reference.inner_loop(
         spec.layers, theta, left, right, bias, scale, x_s, y_s, x_q, y_q,
         alpha=spec.alpha, steps=spec.steps, loss=loss, query_loss=query_loss,
-        first_order=spec.first_order, create_graph=graph,
+        psd=spec.psd, adapt=spec.adapt, first_order=spec.first_order, create_graph=graph,
     )  # fmt: skip
     seen = [x for x in (found.loss, found.support_loss) if x is not None]
     if found.loss is None and found.predictions is not None:

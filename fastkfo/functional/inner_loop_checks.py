@@ -164,6 +164,24 @@ def check_operands(
                 )
 
 
+def check_adaptable(groups: Sequence[Sequence[Tensor | None]]) -> None:
+    """Raise unless L, R and β can take steps."""
+    _, left, right, _, scale = groups
+    for name, group in (("left", left), ("right", right)):
+        for i, x in enumerate(group):
+            if x is not None and x.shape[-2] != x.shape[-1]:
+                raise ValueError(
+                    f"{name} of parameter {i}: expected a square factor with adapt_transform, "
+                    f"got {list(x.shape)}"
+                )
+    for i, x in enumerate(scale):
+        if x is not None:
+            raise ValueError(
+                f"scale of parameter {i}: expected None, and no lr that is a tensor, with "
+                f"adapt_transform, got shape {list(x.shape)}"
+            )
+
+
 def rates_of(lr: Any, groups: list[list[Any]], layers: Sequence[Layer]) -> tuple[float, ...]:
     """One number per parameter; rates that are tensors become part of the scale."""
     count = len(groups[0])

@@ -50,6 +50,7 @@ class Spec:
         adapted: whether θ_K is returned.
         native: whether the kernels run.
         form: in which the kernels compute it, one of `FORMS`.
+        adapt: whether the transform takes steps too.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Spec:
         adapted: bool,
         native: bool,
         form: str = "auto",
+        adapt: bool = False,
     ) -> None:
         self.layers, self.present, self.alpha = layers, present, alpha
         self.steps, self.losses, self.psd = steps, losses, psd
@@ -73,7 +75,8 @@ class Spec:
             numbers += (KINDS.index(layer.kind), *layer[1:5])
         constants = [layer.constant for layer in layers]
         forms = FORMS[form] & ~FORMS["gram"] if adapted else FORMS[form]
-        self.arguments = (numbers, constants, list(alpha), steps, *losses, forms, psd)
+        self.arguments = (numbers, constants, list(alpha), steps, *losses, forms, psd, adapt)
+        self.adapt = adapt
         self._tape_sizes: dict[Any, int] = {}
         # For each kind of operand and parameter, its place among those that follow each other.
         place = iter(range(sum([mask.bit_count() for mask in present])))

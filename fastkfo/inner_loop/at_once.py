@@ -87,6 +87,8 @@ def adapted_at_once(loop: InnerLoop, learner: BatchedLearner, batch: Batch, step
         fused = fused_of(loop, None)
         if fused.model.norms:  # a learner's own passes write their statistics
             raise Unfusable("the model keeps running statistics")
+        if fused.step.adapt:
+            raise Unfusable("adapt_transform: a learner's transform is not returned by the call")
         theta = fused.run(fused.inputs(batch), steps, adapted=True).theta
     except Unfusable as refused:
         if loop.backend == "fused":

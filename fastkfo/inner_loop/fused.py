@@ -156,7 +156,7 @@ class Fused:
         if spec is None:
             spec = self._specs[steps, adapted] = Spec(
                 self.model.layers, self.present, self.step.alpha, steps, self.losses,
-                self.step.psd, self.rule.first_order, adapted, native=True,
+                self.step.psd, self.rule.first_order, adapted, native=True, adapt=self.step.adapt,
             )  # fmt: skip
         try:
             return run(spec, self.flat, *batch)

@@ -21,6 +21,7 @@ class Step(NamedTuple):
     Attributes:
         psd: whether the call squares the factors.
         derived: whether some operand was computed from what is learned, and belongs to one graph.
+        adapt: whether L, R and β take steps too.
     """
 
     left: list[Tensor | None]
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     alpha: tuple[float, ...]
     psd: bool
     derived: bool
+    adapt: bool
 
 
 def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
@@ -43,10 +45,9 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
         The operands.
 
     Raises:
-        Unfusable: a transform is not known, or φ is adapted.
+        Unfusable: a transform is not known.
     """
-    if rule.adapt_transform and rule.compute_update is not None:
-        raise Unfusable("adapt_transform: a step of φ is not fused yet")
+    adapt = rule.adapt_transform and rule.compute_update is not None
     update = rule.compute_update
     if update is not None and type(update) is not ParameterUpdate:
         raise Unfusable(f"compute_update is a {type(update).__name__}")
@@ -65,6 +66,8 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
         factor = 1.0
         if transform is not None:
             kind = kind_of(transform)
+            if adapt and kind == "curvature":
+                raise Unfusable("adapt_transform: meta-curvature is not adapted in one call")
             part = kronecker_part(transform, p) if kind == "reshaped" else None
             own = own_scale(transform, kind, p) if kind is not None and part is None else None
             if part is not None:
@@ -93,10 +96,22 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
         for i, x in enumerate(group):
             if x is not None and (x.dtype != theta[i].dtype or x.device != theta[i].device):
                 raise Unfusable(f"the transform of parameter {i} has another dtype or device")
+    if adapt:
+        _check_adaptable(rule, (left, right, bias, scale), bool(squared and plain))
     if squared and plain:  # the call squares all factors or none
         factors: list[Any] = [x[i] for x in (left, right) for i in squared]
         squares = gram_unchecked(factors)
         for i, a, c in zip(squared, squares, squares[len(squared) :], strict=False):
             left[i], right[i] = a, c
         derived = True
-    return Step(left, right, bias, scale, tuple(alpha), bool(squared) and not plain, derived)
+    return Step(left, right, bias, scale, tuple(alpha), bool(squared) and not plain, derived, adapt)
+
+
+def _check_adaptable(rule: Rule, groups: Sequence[Sequence[Tensor | None]], mixed: bool) -> None:
+    *factors, scale = groups
+    if not isinstance(rule.lr, (int, float)) or any([x is not None for x in scale]):
+        raise Unfusable("adapt_transform: a learned rate or scale is not adapted in one call")
+    if mixed:
+        raise Unfusable("adapt_transform: some factors are squared and some are not")
+    if any([x is not None and not x.requires_grad for group in factors for x in group]):
+        raise Unfusable("adapt_transform: some factor requires no gradient")

@@ -102,7 +102,7 @@ def _cross_entropy_double_backward(v, cotangent, p, residual):  # type: ignore[n
 
 def _inner_loop_forward(  # type: ignore[no-untyped-def]
     theta, left, right, bias, scale, x_s, y_s, x_q, y_q, tape, layers, constants, alpha, steps,
-    loss, query_loss, forms, psd, adapted,
+    loss, query_loss, forms, psd, adapt, adapted,
 ):  # fmt: skip
     tasks, classes = x_s.shape[0], layers[-3]
     batch_norm = 8  # its number in csrc/inner_loop/plan.h
@@ -126,7 +126,8 @@ def _inner_loop_forward(  # type: ignore[no-untyped-def]
 
 def _inner_loop_backward(  # type: ignore[no-untyped-def]
     d_loss, d_adapted, theta, left, right, bias, scale, x_s, y_s, x_q, y_q, tape, layers,
-    constants, alpha, steps, loss, query_loss, forms, psd, first_order, wanted, want_x_s, want_x_q,
+    constants, alpha, steps, loss, query_loss, forms, psd, adapt, first_order, wanted, want_x_s,
+    want_x_q,
 ):  # fmt: skip
     outputs = [
         _empty(group[i])
@@ -139,10 +140,10 @@ def _inner_loop_backward(  # type: ignore[no-untyped-def]
 
 def _inner_loop_gradient(  # type: ignore[no-untyped-def]
     theta, left, right, bias, scale, x_s, y_s, x_q, y_q, layers, constants, alpha, steps, loss,
-    query_loss, forms, psd, first_order, wanted, want_x_s, want_x_q,
+    query_loss, forms, psd, adapt, first_order, wanted, want_x_s, want_x_q,
 ):  # fmt: skip
     operands = (theta, left, right, bias, scale, x_s, y_s, x_q, y_q)
-    rest = (layers, constants, alpha, steps, loss, query_loss, forms, psd)
+    rest = (layers, constants, alpha, steps, loss, query_loss, forms, psd, adapt)
     options = (first_order, wanted, want_x_s, want_x_q)
     return [
         *_inner_loop_forward(*operands, None, *rest, False),

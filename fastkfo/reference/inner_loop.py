@@ -1,6 +1,6 @@
 """K inner steps of T tasks in plain PyTorch, for models that are chains of known layers.
 
-    z_k = model(θ_k, x_s)    g_k = ∇ℓ_s(z_k)    θ_{k+1} = θ_k − α S ∘ (A g_k C + β)
+    z_k = model(θ_k, x_s)    g_k = ∇ℓ_s(z_k)    θ_{k+1} = θ_k − α S ∘ (A_k g_k C_k + β_k)
 
 All tensors have a leading axis of tasks, or are shared by all tasks; a vector's gradient is n × 1.
 """
@@ -89,6 +89,8 @@ def inner_loop(
     steps: int,
     loss: str,
     query_loss: str,
+    psd: bool = False,
+    adapt: bool = False,
     first_order: bool = False,
     create_graph: bool = True,
 ) -> Result:
@@ -97,8 +99,8 @@ def inner_loop(
     Args:
         layers: the model.
         theta: θ_0, `[T?, n, m]` or `[T?, n]`.
-        left: A, `[T?, n, n]`, per parameter or None.
-        right: C, `[T?, m, m]`, likewise.
+        left: L, `[T?, n, n]`, per parameter or None: A, or with `psd` its root.
+        right: R, `[T?, m, m]`, likewise.
         bias: β, of θ's shape or `[n, 1]` for a vector, likewise.
         scale: S, of θ's shape, likewise.
         x_s: support inputs `[T, S, m]`.
@@ -109,6 +111,8 @@ def inner_loop(
         steps: K.
         loss: of the support, a name in `LOSSES`.
         query_loss: of the query.
+        psd: whether A = LᵀL and C = RᵀR.
+        adapt: whether L, R and β take steps too.
         first_order: whether gradients are constants.
         create_graph: whether the result shall be differentiable.
 
@@ -123,7 +127,9 @@ def inner_loop(
     ]
     support: list[Tensor] = []
     seen: list[list[Tensor]] = []
-    for _ in range(steps):
+    phi = [list(left), list(right), list(bias)]
+    before: Sequence[Tensor] = ()
+    for k in range(steps):
         with torch.enable_grad():
             graph = create_graph and not first_order
             point = [
@@ -132,8 +138,15 @@ def inner_loop(
             losses = value(loss, forward(layers, point, x_s, seen), y_s)
             grads = torch.autograd.grad(losses.sum(), point, create_graph=graph)
         support.append(losses.detach())
+        if adapt and k > 0:
+            moved = [
+                adapted(before[i], g, phi[0][i], phi[1][i], phi[2][i], alpha[i], psd)
+                for i, g in enumerate(grads)
+            ]
+            phi = [list(x) for x in zip(*moved, strict=True)]
+        before = grads
         now = [
-            p - alpha[i] * update(g, left[i], right[i], bias[i], scale[i])
+            p - alpha[i] * update(g, phi[0][i], phi[1][i], phi[2][i], scale[i], psd)
             for i, (p, g) in enumerate(zip(now, grads, strict=True))
         ]
     predictions = None if x_q is None else forward(layers, now, x_q, seen)
@@ -145,16 +158,56 @@ def inner_loop(
 
 
 def update(
-    g: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, scale: Tensor | None
+    g: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    psd: bool = False,
 ) -> Tensor:
     """`S ∘ (A G C + β)` of T tasks, G `[T, n, m]` or `[T, n]`."""
     u = g.unsqueeze(-1) if g.dim() == 2 else g
+    left, right = square(left, psd), square(right, psd)
     u = u if left is None else left @ u
     u = u if right is None else u @ right
     u = u.reshape(g.shape)
     if bias is not None:
         u = u + (bias if bias.shape[-g.dim() + 1 :] == g.shape[1:] else bias.squeeze(-1))
     return u if scale is None else scale * u
+
+
+def square(factor: Tensor | None, psd: bool) -> Tensor | None:
+    """`LᵀL`, or L itself."""
+    return factor.mT @ factor if factor is not None and psd else factor
+
+
+def adapted(
+    before: Tensor,
+    g: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    alpha: float,
+    psd: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`φ + α² (∂U_φ(G) / ∂φ)ᵀ H` for L, R and β, with G `before` and H `g`."""
+    rate = alpha * alpha
+    shape = g.shape
+    if g.dim() == 2:
+        before, g = before.unsqueeze(-1), g.unsqueeze(-1)
+    a, c = square(left, psd), square(right, psd)
+
+    def step(factor: Tensor | None, cotangent: Tensor) -> Tensor | None:
+        if factor is None:
+            return None
+        return factor + rate * (factor @ (cotangent + cotangent.mT) if psd else cotangent)
+
+    through = before if c is None else before @ c
+    back = g if a is None else a.mT @ g
+    if bias is not None:
+        bias = bias if bias.shape[-len(shape) + 1 :] == shape[1:] else bias.squeeze(-1)
+        bias = bias + rate * g.reshape(shape)
+    return step(left, g @ through.mT), step(right, before.mT @ back), bias
 
 
 def forward(
