@@ -15,7 +15,7 @@ TORCH_STAMP := $(VENV)/.stamp-torch-$(TORCH)
 NATIVE := fastkfo/_C.abi3.so
 BUILD := setup.py fastkfo/kernels/build_flags.py
 CSRC := $(shell find csrc 2>/dev/null) # folders too: a file that went away counts
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 LEARN2LEARN := .cache/learn2learn-0.2.0
 LEARN2LEARN_SHA256 := 69f1d7cb0d0a6be7a2c6ad8e83e2ebbe70fb05e51d61e45e63078b40c75ea419
