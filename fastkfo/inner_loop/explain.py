@@ -14,7 +14,7 @@ from fastkfo.inner_loop.inner_loop import InnerLoop
 from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.model import TaskModel
-from fastkfo.inner_loop.run import Run
+from fastkfo.inner_loop.run import Run, fills_a_cache
 from fastkfo.kernels import selector
 from fastkfo.optim.recognise import kind_of, kronecker_part
 
@@ -69,7 +69,8 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
     else:
         yield f"fused: no, {refused}"
     if refused is None:
-        pass
+        if inner_loop.features is not None:
+            yield _features(fills_a_cache(batches[0]))
     elif reason is None:
         yield from _tried(inner_loop, batches[0], counts[0])
     else:
@@ -104,10 +105,16 @@ def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
     yield f"model: {_WAYS[run.model.way]}"
     yield from _functions("model", run.model)
     if run.features is not None:
-        yield "features: all samples of all tasks at once, batch norms per task"
+        yield _features(run.features.way == "each")
         yield from _functions("features", run.features)
     yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
     yield f"update: {_update(run, g)}"
+
+
+def _features(alone: bool) -> str:
+    if alone:
+        return "features: task after task, each in the processor's cache"
+    return "features: all samples of all tasks at once, batch norms per task"
 
 
 def _functions(name: str, model: TaskModel) -> Iterator[str]:

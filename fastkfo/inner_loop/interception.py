@@ -1,7 +1,8 @@
 """What a model's forward calls by name and is given another form of, for T tasks at once.
 
 - `F.batch_norm`: on batch statistics written out as a formula, whose derivatives PyTorch gets right
-  under vmap to any order, and which leaves running statistics to TaskBuffers.
+  under vmap to any order, and which leaves running statistics to TaskBuffers; for one task that is
+  differentiated once, PyTorch's kernel.
 - attention: the math form, since the fused kernels have no second derivative.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
@@ -57,12 +59,11 @@ def _attention(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any])
 
 
 def _batch_norm(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    mode.replaced["F.batch_norm"] = "a formula per task, right where its own weights are adapted"
-    return _batch_norm_call(mode.buffers, *args, **kwargs)
+    return _batch_norm_call(mode, *args, **kwargs)
 
 
 def _batch_norm_call(
-    buffers: TaskBuffers,
+    mode: Interception,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -77,9 +78,13 @@ def _batch_norm_call(
             "batch norm: expected more than one value per channel in training, "
             f"got input size {list(input.shape)}"
         )
-    call = _NormCall(buffers, running_mean, running_var, training, momentum, eps)
+    call = _NormCall(mode.buffers, running_mean, running_var, training, momentum, eps)
     tensors = (input, weight, bias)
-    if any([x is not None and is_batchedtensor(x) for x in tensors]):
+    batched = any([x is not None and is_batchedtensor(x) for x in tensors])
+    if not batched and not mode.second_order and call.fits_kernel(*tensors):
+        return call.by_kernel(*tensors)
+    mode.replaced["F.batch_norm"] = "a formula per task, right where its own weights are adapted"
+    if batched:
         result: Tensor = _TaskBatchNorm.apply(*tensors, call)
         return result
     rows = [None if x is None else x.unsqueeze(0) for x in tensors]
@@ -113,6 +118,24 @@ class _NormCall:
             count = x.numel() // mean.numel()
             buffers.record(self.mean, mean, self.momentum)
             buffers.record(self.var, var.detach() * (count / (count - 1)), self.momentum)
+        return y
+
+    def fits_kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether PyTorch's own kernel does it: on batch statistics, all of one precision."""
+        others = [t for t in (weight, bias) if t is not None]
+        return (
+            self.training
+            and x.dtype in (torch.float32, torch.float64)
+            and all([t.dtype == x.dtype and t.dim() == 1 for t in others])
+        )
+
+    def by_kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One task, differentiated once: PyTorch's kernel is right then, and faster."""
+        mean, var = x.new_zeros(2, x.shape[1])
+        y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        if self.mean is not None:  # momentum 1 leaves the statistics of this batch
+            self.buffers.record(self.mean, mean.unsqueeze(0), self.momentum)
+            self.buffers.record(self.var, var.unsqueeze(0), self.momentum)
         return y
 
 

@@ -78,6 +78,17 @@ class Outcome(NamedTuple):
     finite: Tensor
 
 
+# Numbers of one task's inputs from which its activations alone fill a processor's cache.
+LARGE_TASK = 1 << 15
+
+
+def fills_a_cache(batch: Batch) -> bool:
+    """Whether features of one task after the other are faster than of all at once: on a CPU."""
+    inputs = [x for x in tree_leaves((batch.x_s, batch.x_q)) if isinstance(x, Tensor)]
+    numbers = sum([x.numel() // max(len(x), 1) for x in inputs])
+    return numbers >= LARGE_TASK and all([x.device.type == "cpu" for x in inputs])
+
+
 class Run:
     """One group of tasks.
 
@@ -100,8 +111,9 @@ class Run:
         self.features: TaskModel | None = None
         if settings.features is not None:
             none = [False] * len(ParameterSlots(settings.features).params)
+            alone = each or fills_a_cache(batch)
             self.features = TaskModel(
-                shell_of(settings.features), tasks, settings.buffers, each, none
+                shell_of(settings.features), tasks, settings.buffers, alone, none
             )
         self.outcome: Outcome | None = None  # of a run inside an autograd Function
         self.support = TaskLoss(settings.loss, tasks, each)
