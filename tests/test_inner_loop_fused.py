@@ -175,9 +175,12 @@ def test_predictions_without_targets():
     torch.testing.assert_close(mine.predictions, want.predictions)
 
 
-@pytest.mark.parametrize("transform", ["none", "psd", "scale"])
-def test_gradcheck(transform):
-    c = case("two layers", transform, tasks=2, samples=2, queries=2)
+@pytest.mark.parametrize(
+    ("transform", "adapt"),
+    [("none", False), ("psd", False), ("scale", False), ("psd", True), ("factors", True)],
+)
+def test_gradcheck(transform, adapt):
+    c = case("two layers", transform, tasks=2, samples=2, queries=2, adapt_transform=adapt)
     leaves = c.leaves()
     count, names = len(c.theta), list(c.groups)
 

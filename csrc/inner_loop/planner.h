@@ -50,49 +50,45 @@ struct Planned {
   }
 
  private:
+  // The place of a piece of n numbers, at the end of what is placed already.
+  int64_t take(int64_t& end, int64_t n, bool there = true) const {
+    const int64_t at = end;
+    if (there) end += padded(n);
+    return at;
+  }
   const Param* late_ = nullptr;
 
   void place(Param& x) {
     Plan& p = plan;
     const int64_t left = x.n * padded(x.n), right = x.m * padded(x.m);
-    const auto take = [](int64_t& end, bool there, int64_t n) {
-      const int64_t at = end;
-      if (there) end += n;
-      return at;
-    };
     x.ld = static_cast<int32_t>(padded(x.cols));
     x.late = &x == late_;
     const int64_t size = int64_t(x.rows) * x.ld;
-    x.at = take(p.operands, true, size);
-    x.a = take(p.operands, x.left, left);
-    x.a_t = symmetric ? x.a : take(p.operands, x.left, left);
-    x.c = take(p.operands, x.right, right);
-    x.c_t = symmetric ? x.c : take(p.operands, x.right, right);
+    x.at = take(p.operands, size);
+    x.a = take(p.operands, left, x.left);
+    x.a_t = symmetric ? x.a : take(p.operands, left, x.left);
+    x.c = take(p.operands, right, x.right);
+    x.c_t = symmetric ? x.c : take(p.operands, right, x.right);
     const bool factors_too = p.adapt && p.psd;
-    x.l = factors_too ? take(p.operands, x.left, left) : x.a;
-    x.r = factors_too ? take(p.operands, x.right, right) : x.c;
-    x.beta = take(p.operands, x.bias, size);
-    x.s = take(p.operands, x.scale, size);
-    x.next = take(p.later, !x.late, size);
-    x.g = take(p.gradients, !x.late, size);
+    x.l = factors_too ? take(p.operands, left, x.left) : x.a;
+    x.r = factors_too ? take(p.operands, right, x.right) : x.c;
+    x.beta = take(p.operands, size, x.bias);
+    x.s = take(p.operands, size, x.scale);
+    x.next = take(p.later, size, !x.late);
+    x.g = take(p.gradients, size, !x.late);
     const auto needs = [&](int64_t bit, bool there) {
       return there && (p.adapt || x.wanted & bit);
     };
-    x.g_a = take(p.gradients, needs(kLeft, x.left), left);
-    x.g_c = take(p.gradients, needs(kRight, x.right) && !x.late, right);
-    x.g_beta = take(p.gradients, needs(kBias, x.bias) && !x.late, size);
-    x.g_s = take(p.gradients, x.wanted & kScale, size);
+    x.g_a = take(p.gradients, left, needs(kLeft, x.left));
+    x.g_c = take(p.gradients, right, needs(kRight, x.right) && !x.late);
+    x.g_beta = take(p.gradients, size, needs(kBias, x.bias) && !x.late);
+    x.g_s = take(p.gradients, size, x.wanted & kScale);
   }
 
   void place_pass(Pass& pass, std::vector<Slots>& slots, int64_t samples) {
     pass.samples = static_cast<int32_t>(samples);
     pass.ld = static_cast<int32_t>(padded(samples));
     int64_t end = 0;
-    const auto take = [&](bool there, int64_t n) {
-      const int64_t at = end;
-      if (there) end += padded(n);
-      return at;
-    };
     const bool is_query = &pass == &plan.query;
     const int64_t ld = pass.ld;
     slots.assign(layers.size(), {});
@@ -101,49 +97,45 @@ struct Planned {
       const bool norm = layer.kind == kBatchNorm || layer.kind == kLayerNorm;
       const bool weight = layer.kind == kLinear && !is_query;
       Slots& s = slots[l];
-      s.a = take(l > 0 || is_query, layer.in * ld);
-      s.d = take(true, layer.out * ld);
-      s.hat = take(norm, layer.in * ld);
-      s.inv = take(norm, std::max<int64_t>(layer.in, ld));
-      s.p = take(weight && params[layer.weight].left, layer.out * ld);
-      s.q = take(weight && l > 0, samples * padded(layer.in));
+      s.a = take(end, layer.in * ld, l > 0 || is_query);
+      s.d = take(end, layer.out * ld);
+      s.hat = take(end, layer.in * ld, norm);
+      s.inv = take(end, std::max<int64_t>(layer.in, ld), norm);
+      s.p = take(end, layer.out * ld, weight && params[layer.weight].left);
+      s.q = take(end, samples * padded(layer.in), weight && l > 0);
       const bool dense = weight && layer.form == kDense;
-      s.g = take(dense, layer.out * padded(layer.in));
-      s.g_c = dense && params[layer.weight].right ? take(true, layer.out * padded(layer.in)) : s.g;
-      s.g_w = take(norm, layer.in);
-      s.g_b = take(layer.bias >= 0, layer.out);
+      s.g = take(end, layer.out * padded(layer.in), dense);
+      s.g_c = dense && params[layer.weight].right ? take(end, layer.out * padded(layer.in)) : s.g;
+      s.g_w = take(end, layer.in, norm);
+      s.g_b = take(end, layer.out, layer.bias >= 0);
     }
-    pass.out = take(true, layers.back().out * ld);
-    pass.p = take(true, layers.back().out * ld);
+    pass.out = take(end, layers.back().out * ld);
+    pass.p = take(end, layers.back().out * ld);
     pass.size = end;
     for (size_t l = 1; l < layers.size(); ++l)
-      slots[l].rows = take(layers[l].kind == kLinear && !is_query, samples * padded(layers[l].in));
+      slots[l].rows =
+          take(end, samples * padded(layers[l].in), layers[l].kind == kLinear && !is_query);
     pass.work = end;
   }
 
   void place_tape() {
     Plan& p = plan;
     int64_t end = 0;
-    const auto take = [&](bool there, int64_t n) {
-      const int64_t at = end;
-      if (there) end += padded(n);
-      return at;
-    };
     const bool steps = p.steps > 0;
-    p.x = take(steps, p.in * p.support.ld);
+    p.x = take(end, p.in * p.support.ld, steps);
     const bool fixed = steps && layers[0].kind == kLinear;
     const int64_t rows = p.support.samples * padded(p.in);
     const Param* first = fixed ? &params[layers[0].weight] : nullptr;
-    p.x_rows = take(steps, rows);
-    p.q0 = fixed && first->right ? take(true, rows) : p.x_rows;
-    p.q0_t = fixed && first->right ? take(true, p.in * p.support.ld) : p.x;
+    p.x_rows = take(end, rows, steps);
+    p.q0 = fixed && first->right ? take(end, rows) : p.x_rows;
+    p.q0_t = fixed && first->right ? take(end, p.in * p.support.ld) : p.x;
     if (p.gram.used) place_gram(end);
     const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, p.adapt ? 2 : 1);
-    p.records = take(true, kept * p.support.size);
-    p.query_record = take(true, p.query.size);
-    p.thetas = take(true, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.later);
+    p.records = take(end, kept * p.support.size);
+    p.query_record = take(end, p.query.size);
+    p.thetas = take(end, (p.keep ? p.steps : std::min<int64_t>(p.steps, 2)) * p.later);
     const int64_t phis = p.adapt ? std::max<int64_t>(p.steps - 1, 0) : 0;
-    p.phis = take(true, (p.keep ? phis : std::min<int64_t>(phis, 2)) * p.operands);
+    p.phis = take(end, (p.keep ? phis : std::min<int64_t>(phis, 2)) * p.operands);
     p.tape = end;
   }
 
@@ -156,57 +148,42 @@ struct Planned {
       right = std::max(right, x.m * padded(x.m));
       turned = std::max({turned, left, right, x.m * padded(x.n)});
     }
-    const auto take = [&](int64_t n) {
-      const int64_t at = a.work;
-      a.work += padded(n);
-      return at;
-    };
-    a.t = take(value);
-    a.turned = take(turned);
-    a.s_a = take(left);
-    a.s_c = take(right);
-    a.cross_a = take(left);
-    a.cross_c = take(right);
-    a.d_a = take(left);
-    a.d_c = take(right);
-    a.copy = take(std::max(left, right));
-    a.carried = take(plan.later);
+    a.t = take(a.work, value);
+    a.turned = take(a.work, turned);
+    a.s_a = take(a.work, left);
+    a.s_c = take(a.work, right);
+    a.cross_a = take(a.work, left);
+    a.cross_c = take(a.work, right);
+    a.d_a = take(a.work, left);
+    a.d_c = take(a.work, right);
+    a.copy = take(a.work, std::max(left, right));
+    a.carried = take(a.work, plan.later);
   }
 
   void place_gram(int64_t& end) {
     const Plan& p = plan;
     Gram& g = plan.gram;
-    const auto take = [&](bool there, int64_t n) {
-      const int64_t at = end;
-      if (there) end += padded(n);
-      return at;
-    };
     const int64_t ld = p.support.ld, samples = p.support.samples, n = layers[0].out;
-    g.m = take(true, samples * ld);
-    g.m_t = take(true, samples * ld);
-    g.n = take(p.has_query, samples * p.query.ld);
-    g.n_t = take(p.has_query, p.query.samples * ld);
-    g.y = take(true, n * ld);
-    g.y_beta = take(params[layers[0].weight].bias, n * ld);
-    g.p = take(true, n * ld);
-    g.x_q_rows = take(p.has_query, p.query.samples * padded(p.in));
+    g.m = take(end, samples * ld);
+    g.m_t = take(end, samples * ld);
+    g.n = take(end, samples * p.query.ld, p.has_query);
+    g.n_t = take(end, p.query.samples * ld, p.has_query);
+    g.y = take(end, n * ld);
+    g.y_beta = take(end, n * ld, params[layers[0].weight].bias);
+    g.p = take(end, n * ld);
+    g.x_q_rows = take(end, p.query.samples * padded(p.in), p.has_query);
   }
   void place_gram_work() {
     const Plan& p = plan;
     Gram& g = plan.gram;
-    const auto take = [&](int64_t n) {
-      const int64_t at = g.work;
-      g.work += padded(n);
-      return at;
-    };
     const int64_t ld = p.support.ld, n = layers[0].out;
-    g.base = take(n * ld);
-    g.e = take(n * ld);
-    g.sum = take(n * ld);
-    g.cross = take(p.support.samples * ld);
-    g.cross_t = take(p.support.samples * ld);
-    g.back = take(p.query.samples * ld);
-    g.forth = take(p.support.samples * p.query.ld);
+    g.base = take(g.work, n * ld);
+    g.e = take(g.work, n * ld);
+    g.sum = take(g.work, n * ld);
+    g.cross = take(g.work, p.support.samples * ld);
+    g.cross_t = take(g.work, p.support.samples * ld);
+    g.back = take(g.work, p.query.samples * ld);
+    g.forth = take(g.work, p.support.samples * p.query.ld);
   }
 
   void place_work() {
@@ -230,28 +207,23 @@ struct Planned {
     }
     p.lanes = lanes;
     int64_t end = 0;
-    const auto take = [&](int64_t size) {
-      const int64_t at = end;
-      end += padded(size);
-      return at;
-    };
     WorkPlaces& w = p.work;
-    w.rows_in = take(rows_in);
-    w.rows_out = take(rows_out);
-    w.cols_out = take(cols_out);
-    w.cols_in = take(cols_in);
-    w.square = take(square);
-    w.dense = take(dense);
-    w.lanes = take(6 * lanes);
-    w.adapt = take(p.adapting.work);
+    w.rows_in = take(end, rows_in);
+    w.rows_out = take(end, rows_out);
+    w.cols_out = take(end, cols_out);
+    w.cols_in = take(end, cols_in);
+    w.square = take(end, square);
+    w.dense = take(end, dense);
+    w.lanes = take(end, 6 * lanes);
+    w.adapt = take(end, p.adapting.work);
     w.forward = end;
-    w.record = take(p.support.work);
-    w.query = take(p.query.size);
-    w.v = take(p.later);
-    w.fixed = take(cols_in);
-    w.gram = take(p.gram.work);
-    w.x_s_grad = take(cols_in);
-    w.gradients = take(p.gradients);  // the last one: it may lie elsewhere
+    w.record = take(end, p.support.work);
+    w.query = take(end, p.query.size);
+    w.v = take(end, p.later);
+    w.fixed = take(end, cols_in);
+    w.gram = take(end, p.gram.work);
+    w.x_s_grad = take(end, cols_in);
+    w.gradients = take(end, p.gradients);  // the last one: it may lie elsewhere
     w.all = end;
   }
 };
