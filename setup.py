@@ -6,7 +6,9 @@ where torch is a CUDA build and its toolkit is there. No GPU is looked for.
 """
 
 import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +69,23 @@ def native_library():
     }
 
 
+def toolkit_version(folder):
+    """The major version of the CUDA toolkit in a folder.
+
+    Args:
+        folder: CUDA_HOME, or None.
+
+    Returns:
+        The version, or None where there is no nvcc that says one.
+    """
+    nvcc = Path(folder or "") / "bin" / "nvcc"
+    if folder is None or not nvcc.exists():
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.", said)
+    return found.group(1) if found else None
+
+
 def cuda_library(flags):
     """What builds fastkfo/_C_cuda.abi3.so, which only a CUDA build of torch can load.
 
@@ -83,7 +102,9 @@ def cuda_library(flags):
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
     wanted = os.environ.get("FASTKFO_BUILD_CUDA")
-    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    possible = torch.version.cuda is not None and toolkit_version(CUDA_HOME) is not None
+    if possible and wanted != "1":  # another major version does not build
+        possible = torch.version.cuda.split(".")[0] == toolkit_version(CUDA_HOME)
     if wanted == "0" or (wanted != "1" and not possible):
         return []
     if not possible:

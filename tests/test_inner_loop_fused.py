@@ -167,6 +167,31 @@ def test_adapted_parameters_without_a_query(steps):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+def test_query_inputs_without_targets_have_no_gradient():
+    c = case("head", steps=2)
+    c.data[3] = None
+    for implementation in ("native", "reference"):
+        torch.full((3, 5, 7), 7.0).double()  # memory that might be handed out again
+        out = c(implementation=implementation, adapted=True)
+        total = sum([x.sum() for x in out.theta])
+        (grad,) = torch.autograd.grad(total, c.data[2], allow_unused=True, materialize_grads=True)
+        assert grad.eq(0).all()
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_a_tensor_that_is_given_twice(implementation):
+    c = case("no activation", "none", bias=False)
+    shared = torch.eye(3, dtype=torch.float64).mul(1.3).requires_grad_()
+    c.groups["left"][0] = c.groups["right"][1] = shared
+    x = c.data[0]
+    c.data[2:] = [x, c.data[1]]
+    loss = c(implementation=implementation).loss.sum()
+    want = torch.autograd.grad(loss, (shared, x), retain_graph=True)
+    found = torch.autograd.grad(loss, (shared, x), create_graph=True)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.detach(), b)
+
+
 def test_predictions_without_targets():
     c = case("head")
     c.data[3] = None

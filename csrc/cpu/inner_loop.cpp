@@ -69,6 +69,45 @@ void look(const Outputs<S>& outputs, int64_t t) {
   static_cast<bool*>(outputs.finite.data_ptr())[t] = good;
 }
 
+// X' C of a first layer for all tasks at once, where C is too large for a core's cache: it would be
+// read again for every task.
+template <class S>
+class FirstProducts {
+ public:
+  FirstProducts(const Prepared<S>& prepared, const Call& call, const S* shared) {
+    const Plan& plan = prepared.plan();
+    const Layer& first = plan.layer[0];
+    if (plan.steps == 0 || first.kind != kLinear || first.form == kDense) return;
+    const Param& p = plan.param[first.weight];
+    if (!p.right || p.own[2] || int64_t(p.m) * p.m < kLarge) return;
+    const int64_t rows = prepared.tasks * plan.support.samples, m = p.m;
+    ld_ = prepared.planned.padded(m);
+    size_ = plan.support.samples * ld_;
+    memory_.resize(rows * ld_);
+    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, kRows * m * m);
+    parallel_units(costs, [&](int64_t unit) {
+      const int64_t begin = unit * kRows, end = std::min(rows, begin + kRows);
+      cpu::Scratch<S> own;
+      gemm<S>(end - begin, m, m, {data_of<S>(call.x_s) + begin * m, m, 1},
+              {shared + p.c, prepared.planned.padded(m), 1}, memory_.data() + begin * ld_, ld_,
+              false, own);
+    });
+  }
+  const S* of_task(int64_t t) const { return memory_.empty() ? nullptr : &memory_[t * size_]; }
+
+ private:
+  static constexpr int64_t kLarge = 1 << 17, kRows = 80;
+  std::vector<S> memory_;
+  int64_t ld_ = 0, size_ = 0;
+};
+
+template <class S>
+Data<S> data_of_task(const Prepared<S>& prepared, const FirstProducts<S>& first, int64_t t) {
+  Data<S> data = prepared.data(t);
+  data.q = first.of_task(t);
+  return data;
+}
+
 template <class S>
 Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   const bool keep = tape.has_value();
@@ -82,14 +121,15 @@ Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   const auto& params = prepared.planned.params;
   if (adapted) outputs.append_adapted(params, results);
   const SharedBlock<S> shared(prepared);
+  const FirstProducts<S> first(prepared, call, shared.data);
   const bool any_own = prepared.any_own();
   parallel_units(std::vector<int64_t>(tasks, prepared.operations()), [&](int64_t t) {
     const Workspace<S> space(prepared, !keep, false);
     S* own_tape = keep ? data_of<S>(*tape) + t * plan.tape : space.tape;
     if (any_own) prepared.fill(true, t, space.own);
     const Blocks<S> blocks{shared.data, space.own};
-    kernels<S>().forward(plan, blocks, work_at(plan.work, space.work), own_tape, prepared.data(t),
-                         outputs.of_task(t));
+    kernels<S>().forward(plan, blocks, work_at(plan.work, space.work), own_tape,
+                         data_of_task(prepared, first, t), outputs.of_task(t));
     look(outputs, t);
     if (!adapted) return;
     const int64_t last = keep ? plan.steps - 1 : (plan.steps - 1) % 2;
@@ -142,45 +182,6 @@ void add(Sums<S>& sums, int64_t part, int64_t t, const Prepared<S>& prepared,
   sums.add(part, t, work.gradients, finite, [&](int64_t wanted, Outer<S>* to) {
     return kernels<S>().late(plan, blocks, work, tape, wanted, to);
   });
-}
-
-// X' C of a first layer for all tasks at once, where C is too large for a core's cache: it would be
-// read again for every task.
-template <class S>
-class FirstProducts {
- public:
-  FirstProducts(const Prepared<S>& prepared, const Call& call, const S* shared) {
-    const Plan& plan = prepared.plan();
-    const Layer& first = plan.layer[0];
-    if (plan.steps == 0 || first.kind != kLinear || first.form == kDense) return;
-    const Param& p = plan.param[first.weight];
-    if (!p.right || p.own[2] || int64_t(p.m) * p.m < kLarge) return;
-    const int64_t rows = prepared.tasks * plan.support.samples, m = p.m;
-    ld_ = prepared.planned.padded(m);
-    size_ = plan.support.samples * ld_;
-    memory_.resize(rows * ld_);
-    const std::vector<int64_t> costs((rows + kRows - 1) / kRows, kRows * m * m);
-    parallel_units(costs, [&](int64_t unit) {
-      const int64_t begin = unit * kRows, end = std::min(rows, begin + kRows);
-      cpu::Scratch<S> own;
-      gemm<S>(end - begin, m, m, {data_of<S>(call.x_s) + begin * m, m, 1},
-              {shared + p.c, prepared.planned.padded(m), 1}, memory_.data() + begin * ld_, ld_,
-              false, own);
-    });
-  }
-  const S* of_task(int64_t t) const { return memory_.empty() ? nullptr : &memory_[t * size_]; }
-
- private:
-  static constexpr int64_t kLarge = 1 << 17, kRows = 80;
-  std::vector<S> memory_;
-  int64_t ld_ = 0, size_ = 0;
-};
-
-template <class S>
-Data<S> data_of_task(const Prepared<S>& prepared, const FirstProducts<S>& first, int64_t t) {
-  Data<S> data = prepared.data(t);
-  data.q = first.of_task(t);
-  return data;
 }
 
 // Forward and backward, task by task, for a cotangent of 1 of every query loss: what a task needs

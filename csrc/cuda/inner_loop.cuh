@@ -266,7 +266,10 @@ void point_to_inputs(TaskCall<S>& to, const InputGradients<S>& inputs) {
 template <class S>
 Tensors forward(Call& call, MaybeTensor& tape, bool adapted) {
   const Prepared<S> prepared(call, tape.has_value(), {}, false, false);
-  if (tape.has_value()) check_tape(*tape, prepared, call.x_s);
+  if (tape.has_value()) {
+    check_tape(*tape, prepared, call.x_s);
+    Placement<S>(prepared, false, true);  // a backward pass that does not fit is refused now
+  }
   const Outputs<S> outputs(prepared, call.x_s);
   Tensors results = outputs.list();
   if (adapted) outputs.append_adapted(prepared.planned.params, results);

@@ -71,7 +71,10 @@ class Task : private Places<Exec> {
   // the caller has put into the block of gradients (zeros if there are none).
   FASTKFO_FN void backward(S cotangent, S* x_s_grad, S* x_q_grad) {
     if (gram()) GramLayer<Exec>(*this).clear_backward();
-    if (plan.has_query_targets) query_backward(cotangent, x_q_grad);
+    if (plan.has_query_targets)
+      query_backward(cotangent, x_q_grad);
+    else if (plan.want_x_q)
+      ex.each(int64_t(plan.query.samples) * plan.in, [=](int64_t i) { x_q_grad[i] = 0; });
     if (plan.want_x_s) clear(scratch.x_s_grad, plan.support);
     if (sums_lambda_p()) clear(scratch.fixed, plan.support);
     if (plan.adapt) {

@@ -193,11 +193,11 @@ def _pulled_by_reference(
     """The vector-Jacobian product by autograd through the formula; differentiable itself."""
     create_graph = torch.is_grad_enabled()
     inputs: list[Any] = [x_s, y_s, x_q, y_q, *flat]
-    if not create_graph:
-        inputs = [
-            x if x is None or not w else x.detach().requires_grad_()
-            for x, w in zip(inputs, wants[1:], strict=True)
-        ]
+    # New tensors: one that is given twice, or made of another, would be asked for all of it twice.
+    inputs = [
+        x if x is None or not w else x.view_as(x) if create_graph else x.detach().requires_grad_()
+        for x, w in zip(inputs, wants[1:], strict=True)
+    ]
     with torch.enable_grad():
         found = _by_reference(
             spec, inputs[0], inputs[1], inputs[2], inputs[3], inputs[4:], graph=True

@@ -92,7 +92,7 @@ class Spec:
     def tape_size(self, data: Sequence[Any]) -> int:
         """How many numbers per task the derivative needs."""
         x_s, _, x_q, y_q = data[-4:]
-        key = (x_s.dtype, x_s.shape[1], x_q is None or x_q.shape[1], y_q is None)
+        key = (x_s.dtype, x_s.shape[1], None if x_q is None else x_q.shape[1], y_q is None)
         size = self._tape_sizes.get(key)
         if size is None:
             size = torch.ops.fastkfo.inner_loop_tape.default(*data, *self.arguments)

@@ -71,6 +71,7 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
             part = kronecker_part(transform, p) if kind == "reshaped" else None
             own = own_scale(transform, kind, p) if kind is not None and part is None else None
             if part is not None:
+                _check_sizes(i, p, part.left, part.right)
                 left[i], right[i], bias[i] = part.left, part.right, part.bias
                 (squared if part.psd else plain).append(i)
             elif own is not None:
@@ -113,5 +114,17 @@ def _check_adaptable(rule: Rule, groups: Sequence[Sequence[Tensor | None]], mixe
         raise Unfusable("adapt_transform: a learned rate or scale is not adapted in one call")
     if mixed:
         raise Unfusable("adapt_transform: some factors are squared and some are not")
-    if any([x is not None and not x.requires_grad for group in factors for x in group]):
+    own = [x for group in factors for x in group if x is not None]
+    if any([not x.requires_grad for x in own]):
         raise Unfusable("adapt_transform: some factor requires no gradient")
+    if len({id(x) for x in own}) < len(own):
+        raise Unfusable("adapt_transform: two parameters share a transform, which takes one step")
+    if any([x.shape[-2] != x.shape[-1] for group in factors[:2] for x in group if x is not None]):
+        raise Unfusable("adapt_transform: some factor is not square")
+
+
+def _check_sizes(i: int, p: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+    n, m = (p.shape[0], 1) if p.dim() == 1 else (p.shape[0], p.shape[-1])
+    for factor, size in ((left, n), (right, m)):
+        if p.dim() > 2 or (factor is not None and factor.shape[-1] != size):
+            raise Unfusable(f"the transform of parameter {i} sees it in another shape")
