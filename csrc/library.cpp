@@ -34,6 +34,20 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "cross_entropy_double_backward(Tensor v, Tensor cotangent, Tensor p, Tensor residual) -> "
       "(Tensor, Tensor)");
 
+  // Layers of T tasks. Images are [T, N, H, W, C], channels last and without gaps; weights
+  // [T, O, C / groups, kh, kw]. conv(x, weight) + conv(x2, weight2) + bias; its adjoint in x, for
+  // images of `size`; its derivative in weight, and the sum of dy over samples and pixels (empty
+  // unless bias).
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? x2, Tensor? weight2, int[] stride, "
+      "int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def(
+      "conv2d_input(Tensor dy, Tensor weight, int[] size, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> Tensor");
+  m.def(
+      "conv2d_weight(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, "
+      "int[] dilation, int groups, bool bias) -> (Tensor, Tensor)");
+
   // K steps of a whole model for all tasks, csrc/inner_loop. layers: five numbers each, kind, in,
   // out, parameter of the weight and of the bias (-1: none). With psd, A is left' left; with
   // adapt, the transform takes steps of its own. Returns the

@@ -1,0 +1,31 @@
+// The layers for one instruction set: included by layers_v4.cpp and its like, which say which. All
+// of it lies in a namespace of that name, so that nothing that is compiled for a newer processor
+// can stand in for what an older one needs.
+#include "cpu/layers.h"
+
+#define FASTKFO_INLINE inline __attribute__((always_inline))
+
+#include "cpu/layers_transpose.h"
+//
+#include "cpu/conv_patches.h"
+//
+#include "cpu/conv_outer.h"
+#include "cpu/conv_products.h"
+
+namespace fastkfo::cpu {
+namespace FASTKFO_LEVEL {
+
+template <class S>
+int64_t work(int64_t taps, int64_t channels, int64_t columns) {
+  return std::max(products_work<S>(taps, channels), outer_work<S>(taps, channels, columns));
+}
+
+template <class S>
+LayerKernels<S> all() {
+  return {kWidth<S>, work<S>, pack<S>, products<S>, outer<S>, unpack<S>};
+}
+LayerKernels<float> of_float() { return all<float>(); }
+LayerKernels<double> of_double() { return all<double>(); }
+
+}  // namespace FASTKFO_LEVEL
+}  // namespace fastkfo::cpu
