@@ -36,6 +36,7 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank,
   int32_t dtype = 0, device = 0, index = 0;
   aoti_torch_get_dtype(like.get(), &dtype);
   if (other == ScalarType::Bool) dtype = aoti_torch_dtype_bool();
+  if (other == ScalarType::Int) dtype = aoti_torch_dtype_int32();
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle = nullptr;

@@ -48,6 +48,36 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "conv2d_weight(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, "
       "int[] dilation, int groups, bool bias) -> (Tensor, Tensor)");
 
+  // Batch norm of x [T, P, C] on the statistics of every task and channel, then ReLU if `relu`:
+  // y, mean and 1/sqrt(var + eps) [T, C]. Its vector-Jacobian product: dx, d_weight, d_bias. And
+  // that of the latter, for cotangents a, b, c: of dy, x and weight.
+  m.def(
+      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+      "Tensor? bias, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_double_backward(Tensor a, Tensor? b, Tensor? c, Tensor dy, Tensor x, "
+      "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool relu) -> "
+      "(Tensor, Tensor, Tensor)");
+
+  // Pooling of images [T, N, H, W, C] to `size`. `where` (int32) is the pixel of each maximum,
+  // h * W + w; scatter sends cotangents there, gather reads there. divisor 0: none is given.
+  m.def(
+      "max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int[] size) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool2d_scatter(Tensor dy, Tensor where, int[] size, int[] kernel, int[] stride, "
+      "int[] padding, int[] dilation) -> Tensor");
+  m.def("max_pool2d_gather(Tensor v, Tensor where) -> Tensor");
+  m.def(
+      "avg_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding, int[] size, "
+      "bool include_pad, int divisor) -> Tensor");
+  m.def(
+      "avg_pool2d_backward(Tensor dy, int[] size, int[] kernel, int[] stride, int[] padding, "
+      "bool include_pad, int divisor) -> Tensor");
+
   // K steps of a whole model for all tasks, csrc/inner_loop. layers: five numbers each, kind, in,
   // out, parameter of the weight and of the bias (-1: none). With psd, A is left' left; with
   // adapt, the transform takes steps of its own. Returns the

@@ -65,6 +65,34 @@ struct Columns {
   const S* end;  // where their memory ends
 };
 
+// Batch norm of some channels of one task: x and what is shaped like it are [rows][step],
+// everything else one number per channel. What a pass does not use is null.
+template <class S>
+struct BatchNorm {
+  int64_t rows, step, channels;
+  double eps;
+  bool relu;
+  const S *x, *weight, *bias;
+  const S *dy, *a, *b, *c;  // the cotangents of y, dx, d_weight and d_bias
+  S *mean, *rstd, *y, *dx, *d_weight, *d_bias, *d_dy;
+
+  void skip(int64_t count) {
+    channels -= count;
+    for (const S** p : {&x, &weight, &bias, &dy, &a, &b, &c})
+      if (*p) *p += count;
+    for (S** p : {&mean, &rstd, &y, &dx, &d_weight, &d_bias, &d_dy})
+      if (*p) *p += count;
+  }
+};
+
+// Windows over images [H, W, C]. The last three are of averages.
+struct Pooling {
+  int64_t size[2], out_size[2], channels;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  bool include_pad;
+  int64_t divisor;  // 0: none given
+};
+
 template <class S>
 struct LayerKernels {
   int64_t width;  // numbers in a vector
@@ -78,6 +106,15 @@ struct LayerKernels {
   void (*outer)(const Geometry&, const Outer<S>&);
   // Number k of every column comes from row rows[k], rows padded to whole vectors.
   void (*unpack)(const S* from, int64_t columns, const int32_t* rows, const Columns<S>& to);
+  void (*batch_norm)(const BatchNorm<S>&);                  // to mean, rstd, y
+  void (*batch_norm_backward)(const BatchNorm<S>&);         // to dx, d_weight, d_bias
+  void (*batch_norm_double_backward)(const BatchNorm<S>&);  // to d_dy, dx, d_weight
+  // Of one image. `where` holds the pixel of each maximum.
+  void (*max_pool)(const Pooling&, const S* x, S* y, int32_t* where);
+  void (*max_pool_scatter)(const Pooling&, const S* dy, const int32_t* where, S* dx);
+  void (*max_pool_gather)(const Pooling&, const S* v, const int32_t* where, S* to);
+  void (*avg_pool)(const Pooling&, const S* x, S* y);
+  void (*avg_pool_backward)(const Pooling&, const S* dy, S* dx);
 };
 
 #define FASTKFO_DECLARE(level)      \

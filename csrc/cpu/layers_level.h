@@ -11,6 +11,8 @@
 //
 #include "cpu/conv_outer.h"
 #include "cpu/conv_products.h"
+#include "cpu/norm_batch.h"
+#include "cpu/pool_windows.h"
 
 namespace fastkfo::cpu {
 namespace FASTKFO_LEVEL {
@@ -22,7 +24,20 @@ int64_t work(int64_t taps, int64_t channels, int64_t columns) {
 
 template <class S>
 LayerKernels<S> all() {
-  return {kWidth<S>, work<S>, pack<S>, products<S>, outer<S>, unpack<S>};
+  return {kWidth<S>,
+          work<S>,
+          pack<S>,
+          products<S>,
+          outer<S>,
+          unpack<S>,
+          batch_norm_channels<S, Pass::forward>,
+          batch_norm_channels<S, Pass::backward>,
+          batch_norm_channels<S, Pass::double_backward>,
+          max_pool<S>,
+          max_pool_scatter<S>,
+          max_pool_gather<S>,
+          avg_pool<S>,
+          avg_pool_backward<S>};
 }
 LayerKernels<float> of_float() { return all<float>(); }
 LayerKernels<double> of_double() { return all<double>(); }

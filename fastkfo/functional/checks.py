@@ -45,6 +45,45 @@ def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor, 
         )
 
 
+def operands(**tensors: object) -> None:
+    """Raise unless all, but for those that are None, are floating tensors of one dtype and device.
+
+    Args:
+        tensors: by name; the first is what the others are compared with.
+
+    Raises:
+        TypeError: one is no floating-point tensor, or has another dtype.
+        ValueError: one is on another device.
+    """
+    first: Tensor | None = None
+    for name, x in tensors.items():
+        if x is None and first is not None:
+            continue
+        floating_tensor(name, x)
+        assert isinstance(x, Tensor)
+        if first is None:
+            first, of_first = x, name
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name}: expected {first.dtype} as {of_first}, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(
+                f"{name}: expected device {first.device} as {of_first}, got {x.device}"
+            )
+
+
+def pair(name: str, value: object, least: int) -> tuple[int, int]:
+    """Two ints of at least `least`, given as one or as two."""
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, Sequence) or isinstance(both, str) or len(both) not in (1, 2):
+        raise TypeError(f"{name}: expected one int or two, got {value!r}")
+    for x in both:
+        if isinstance(x, bool) or not isinstance(x, int):
+            raise TypeError(f"{name}: expected ints, got {value!r}")
+        if x < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return both[0], both[-1]
+
+
 def operand_list(name: str, value: object, count: int) -> list[Any]:
     """A list of `count` operands; None stands for a list of None."""
     if value is None and count >= 0:

@@ -17,12 +17,14 @@ class ImplementationUnavailable(RuntimeError):
 
 # Ops that have CUDA kernels.
 ON_CUDA = ("inner_loop",)
+# Ops that have Triton kernels; "auto" takes none of them until they are measured on a GPU.
+IN_TRITON = ("layers",)
 
 _chosen: dict[tuple[str, str, str], str] = {}
 
 
 def select(implementation: str, device: torch.device, op: str = "") -> str:
-    """The implementation to run: "native" or "reference".
+    """The implementation to run: "native", "triton" or "reference".
 
     "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
     otherwise takes the fastest that is there. A name never degrades to another.
@@ -30,7 +32,7 @@ def select(implementation: str, device: torch.device, op: str = "") -> str:
     Args:
         implementation: one of `IMPLEMENTATIONS`.
         device: where the operands are.
-        op: which one, for those in `ON_CUDA`.
+        op: which one, for those in `ON_CUDA` and `IN_TRITON`.
 
     Returns:
         The name of the implementation.
@@ -78,7 +80,11 @@ def unavailable(implementation: str, device: str, op: str = "") -> str | None:
     if implementation == "reference":
         return None
     if implementation == "triton":
-        return "no op has a Triton kernel yet"
+        if op not in IN_TRITON:
+            return "this op has no Triton kernel"
+        from fastkfo.kernels import triton
+
+        return triton.why_unavailable(device)
     if device == "cuda" and op in ON_CUDA:
         return native.cuda_status().error
     if device != "cpu":

@@ -1,4 +1,16 @@
-"""Batch normalisation on batch statistics, for T tasks at once."""
+"""Batch norm on batch statistics and layer norm, for T tasks at once.
+
+The derivatives of batch norm, with `x̂ = (x − mean) r`, `r = 1/√(var + eps)`, `z = γ x̂ + β`, all sums
+over the n samples and pixels of a task's channel, and `dz = dy [z > 0]` where ReLU follows:
+
+    dβ = s1 = Σ dz      dγ = s2 = Σ dz x̂      dx = γ r (dz − s1/n − x̂ s2/n)
+
+and, for cotangents a, b, c of dx, dγ, dβ, with A1 = Σ a, A2 = Σ a x̂, A3 = Σ a dz:
+
+    q = b − γ r A2/n        h = q dz − γ r s2/n a        G = γ (A3 − A1 s1/n − A2 s2/n)
+    d(dz) = γ r a + q x̂ + c − γ r A1/n
+    dx = r (h − mean(h) − x̂ mean(h x̂)) − r² x̂ G/n        dγ = r G/γ
+"""
 
 from __future__ import annotations
 
@@ -27,6 +39,60 @@ def batch_norm(
     var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     y = normalise(x, mean, var, weight, bias, eps)
     return y, mean.flatten(1), var.flatten(1)
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dγ and dβ; differentiable in dy, x and weight.
+
+    Args:
+        dy: the cotangent of y, `[T, N, C, ...]`.
+        x: likewise.
+        weight: γ, `[T, C]`, or None for one.
+        bias: β, likewise, or None for zero.
+        eps: is added to the variance.
+        relu: whether ReLU follows.
+
+    Returns:
+        Of x's shape, `[T, C]` and `[T, C]`.
+    """
+    dims = (1, *range(3, x.dim()))
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    r = torch.rsqrt(var + eps)
+    normal = (x - mean) * r
+    scale = r if weight is None else r * per_channel(weight, x)
+    if relu:
+        z = normalise(x, mean, var, weight, bias, eps)
+        dy = torch.where(z <= 0, 0.0, dy)
+    s1, s2 = dy.sum(dims, keepdim=True), (dy * normal).sum(dims, keepdim=True)
+    n = x.numel() // s1.numel()
+    dx = scale * (dy - s1 / n - normal * (s2 / n))
+    return dx, s2.flatten(1), s1.flatten(1)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`y = (x − mean) / √(var + eps) · weight + bias`, statistics per row.
+
+    Args:
+        x: `[T, R, D]`.
+        weight: `[T, D]`, or None for one.
+        bias: `[T, D]`, or None for zero.
+        eps: is added to the variance.
+
+    Returns:
+        y of x's shape.
+    """
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    y = (x - mean) * torch.rsqrt(var + eps)
+    if weight is not None:
+        y = y * weight.unsqueeze(1)
+    return y if bias is None else y + bias.unsqueeze(1)
 
 
 def normalise(

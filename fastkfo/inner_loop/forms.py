@@ -1,0 +1,243 @@
+"""The forms that layers have for T tasks: fastkfo's ops, called from inside of vmap.
+
+A form is a function of tensors `[T, ...]`; one without a task axis is shared, and lacks it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastkfo.functional import checks, conv, norm, pool
+from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.kernels import layers, selector
+from fastkfo.reference import norm as reference
+
+Form = Callable[..., Tensor]
+Declined = tuple[None, tuple[Tensor, ...]]
+_KINDS = (torch.float32, torch.float64, *layers.LOW)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether layers of this tensor run on kernels of fastkfo's."""
+    return x.dtype in _KINDS and selector.select("auto", x.device, "layers") != "reference"
+
+
+def described(x: Tensor) -> str:
+    """In words, what a layer of this tensor runs on."""
+    chosen = selector.select("auto", x.device, "layers")
+    wide = ", in float32" if x.dtype in layers.LOW and chosen == "native" else ""
+    return f"one {chosen} call for all tasks{wide}"
+
+
+def out_of_vmap(form: Form, *tensors: Tensor | None) -> Tensor:
+    """Call a form inside of vmap; plain autograd goes through what it does."""
+    result: Tensor = _OutOfVmap.apply(form, *tensors)
+    return result
+
+
+class _OutOfVmap(Function):
+    """Takes a form out of vmap, by its vmap rule."""
+
+    @staticmethod
+    def forward(form: Form, *tensors: Tensor | None) -> Tensor:
+        """Never called: one of the operands is a task's."""
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, form: Form, *tensors: Tensor | None) -> Any:
+        """The form of T tasks. The first operand always has their axis; others may be shared."""
+        rows = [
+            t if t is None else t.unsqueeze(0) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, in_dims[1:], strict=True)
+        ]
+        if rows[0] is not None and in_dims[1] is None:
+            rows[0] = rows[0].expand(info.batch_size, *rows[0].shape[1:])
+        return form(*rows), 0
+
+
+def _autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What autocast makes of a convolution's operands; float64 is left alone, as there."""
+    device = next(t for t in tensors if t is not None).device
+    if not checks.autocast_enabled(device):
+        return list(tensors)
+    kind = torch.get_autocast_dtype(device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(kind) for t in tensors]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Form, tuple[Tensor | None, ...]] | Declined:
+    """F.conv2d's form, unless its padding is a word or its images are not `[N, C, H, W]`."""
+    if isinstance(padding, str) and padding != "valid":
+        return None, (input,)
+    if input.dim() != 4 or weight.dim() != 4:
+        return None, (input,)
+    pad = 0 if isinstance(padding, str) else padding
+    options = {"stride": stride, "padding": pad, "dilation": dilation, "groups": groups}
+    return partial(_conv2d, options), (input, weight, bias)
+
+
+def _conv2d(options: dict[str, Any], *tensors: Tensor | None) -> Tensor:
+    x, weight, bias = _autocast(tensors)
+    assert x is not None
+    assert weight is not None
+    tasks = x.shape[0]
+    bias_rows = 1 if bias is None else bias.shape[0]
+    if len(weight) == 1 and bias_rows == 1:  # shared: all samples are one task's
+        y = conv.conv2d(x.flatten(0, 1).unsqueeze(0), weight, bias, **options)
+        return y.squeeze(0).unflatten(0, (tasks, -1))
+    weight = weight.expand(tasks, *weight.shape[1:])
+    bias = None if bias is None else bias.expand(tasks, -1)
+    return conv.conv2d(x, weight, bias, **options)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[Form, tuple[Tensor, ...]] | Declined:
+    """F.max_pool2d's form, unless it is asked for indices or its images are not `[N, C, H, W]`."""
+    if return_indices or input.dim() != 4:
+        return None, (input,)
+
+    def form(x: Tensor) -> Tensor:
+        steps = stride or None  # nn.functional takes [] for none
+        return pool.max_pool2d(x, kernel_size, steps, padding, dilation, ceil_mode=ceil_mode)
+
+    return form, (input,)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> tuple[Form, tuple[Tensor, ...]] | Declined:
+    """F.avg_pool2d's form, unless its images are not `[N, C, H, W]`."""
+    if input.dim() != 4:
+        return None, (input,)
+
+    def form(x: Tensor) -> Tensor:
+        return pool.avg_pool2d(
+            x, kernel_size, stride or None, padding, ceil_mode=ceil_mode,
+            count_include_pad=count_include_pad, divisor_override=divisor_override,
+        )  # fmt: skip
+
+    return form, (input,)
+
+
+class NormCall:
+    """One batch norm with T tasks on the first axis of everything.
+
+    Args:
+        buffers: take up its running statistics.
+        running_mean: as F.batch_norm has it.
+        running_var: likewise.
+        training: likewise.
+        momentum: likewise.
+        eps: likewise.
+    """
+
+    def __init__(
+        self,
+        buffers: TaskBuffers,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> None:
+        self.buffers, self.mean, self.var = buffers, running_mean, running_var
+        self.training, self.momentum, self.eps = training, momentum, eps
+        self.done: norm.Normed | None = None  # what a ReLU behind it needs
+        self.form = "a formula per task, right where its own weights are adapted"
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm of `[T, N, C, ...]`, and its statistics to the buffers."""
+        if not self.training:
+            mean, var = self.buffers.own(self.mean), self.buffers.own(self.var)
+            assert mean is not None
+            assert var is not None
+            return reference.normalise(x, mean, var, weight, bias, self.eps)
+        if has_kernels(x) and norm.takes(x, weight, bias):
+            self.form = described(x)
+            self.done = norm.Normed(x, weight, bias, self.eps)
+            y, mean, var = self.done.result
+        else:
+            y, mean, var = reference.batch_norm(x, weight, bias, self.eps)
+        self._record(mean, var, x)
+        return y
+
+    def rectified(self, y: Tensor) -> Tensor:
+        """ReLU of what the call has returned, differentiated with it."""
+        assert self.done is not None
+        return self.done.rectified()
+
+    def _record(self, mean: Tensor, var: Tensor, x: Tensor) -> None:
+        if self.mean is not None:
+            count = x.numel() // mean.numel()
+            self.buffers.record(self.mean, mean, self.momentum)
+            self.buffers.record(self.var, var.detach() * (count / (count - 1)), self.momentum)
+
+    def fits_kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether PyTorch's own kernel does it: on batch statistics, all of one precision."""
+        others = [t for t in (weight, bias) if t is not None]
+        return (
+            self.training
+            and x.dtype in (torch.float32, torch.float64)
+            and all([t.dtype == x.dtype and t.dim() == 1 for t in others])
+        )
+
+    def by_kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One task, differentiated once: PyTorch's kernel is right then, and faster."""
+        mean, var = x.new_zeros(2, x.shape[1])
+        y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        if self.mean is not None:  # momentum 1 leaves the statistics of this batch
+            self.buffers.record(self.mean, mean.unsqueeze(0), self.momentum)
+            self.buffers.record(self.var, var.unsqueeze(0), self.momentum)
+        return y
+
+
+class Norms:
+    """The results of batch norms, as long as they live, and the calls they are of."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[weakref.ref[Tensor], NormCall]] = {}
+
+    def remember(self, result: Tensor, call: NormCall) -> None:
+        """A call has returned this."""
+        if call.done is not None:
+            self._calls[id(result)] = (weakref.ref(result), call)
+
+    def of(self, x: Tensor) -> NormCall | None:
+        """The call that has returned x, if it is as it was then."""
+        found = self._calls.pop(id(x), None)
+        if found is None or found[0]() is not x:
+            return None
+        call = found[1]
+        return call if call.done is not None and call.done.untouched() else None

@@ -1,0 +1,46 @@
+"""The raw ops of convolutional layers: which implementation runs them, and in which precision.
+
+Images are `[T, N, H, W, C]` here, channels last and without gaps; csrc/library.cpp has the schemas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def run(implementation: str, name: str, *args: Any) -> Any:
+    """Call a raw op.
+
+    The native kernels have float32 and float64. What is in lower precision goes through them in
+    float32, and comes back in float32: statistics and parameters stay in it, images are narrowed
+    by the caller.
+
+    Args:
+        implementation: "native" or "triton".
+        name: of the op.
+        args: of the op.
+
+    Returns:
+        What the op returns.
+    """
+    if implementation == "triton":
+        from fastkfo.kernels import triton
+
+        return getattr(triton, name)(*args)
+    widened = [x.float() if isinstance(x, Tensor) and x.dtype in LOW else x for x in args]
+    return getattr(torch.ops.fastkfo, name).default(*widened)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`[T, N, C, H, W]` as the raw ops take it; a view where it already lies like that."""
+    return x.permute(0, 1, 3, 4, 2).contiguous()
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """A view of what a raw op returned, as `[T, N, C, H, W]`."""
+    return x.permute(0, 1, 4, 2, 3)

@@ -1,0 +1,203 @@
+"""What the launchers share: checks, tile sizes, and the one place where a kernel is started.
+
+The tables of tiles have not been measured on a GPU yet. To tune one, time the op on the layers of
+`bench/workloads.py` for each candidate with warm caches and write the fastest in; a candidate must
+still pass `tests/test_triton_compiles.py`, which refuses tiles whose registers spill. Nothing is
+tuned at a user's first call: that would take seconds, and a result that depends on the tile's
+summation order would change between runs.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LIMIT = 2**31 - 2**16  # what is counted in 32 bits, with room for the last tile
+_GRID_YZ = 65535  # CUDA's limit of a grid's second and third axis
+_PROGRAMS = 512  # that a weight gradient is split into: about four for every multiprocessor
+_SPLITS = 64  # and no more partial results than this
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's output, depth of one step of its contraction."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 2
+
+
+# Pixels x channels, of a convolution and of its adjoint in x. The key is how products are taken.
+# "ieee" is float32 without tensor cores: its operands stay in registers, hence the short steps.
+_CONV = {
+    "ieee": Tile(64, 64, 16, 4, 3),
+    "tf32": Tile(128, 64, 32, 8, 3),
+    "half": Tile(128, 64, 32, 8, 4),
+    "double": Tile(32, 32, 16, 4, 2),
+}
+# Output channels x (taps and input channels), of the weight's gradient; a step is `depth` pixels.
+_CONV_WEIGHT = {
+    "ieee": Tile(64, 64, 16, 4, 3),
+    "tf32": Tile(64, 64, 32, 4, 3),
+    "half": Tile(64, 64, 64, 4, 3),
+    "double": Tile(32, 32, 16, 4, 2),
+}
+# Elements of a tile of the kernels that take no products of matrices.
+_ELEMENTS = {"norm": 2048, "norm_double": 1024, "pool": 1024}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics over operands of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_kernel(dtype: torch.dtype) -> Any:
+    """Triton's name of `accumulator(dtype)`."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: "tf32" only where PyTorch's switch for convolutions allows it."""
+    if dtype != torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
+        return "ieee"
+    # What torch.backends.cudnn.allow_tf32 sets; that itself raises if convolutions and RNNs differ.
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
+    """The tile of a convolution's op for an output of `rows` x `columns` per task and group."""
+    if dtype == torch.float64:
+        kind = "double"
+    else:
+        kind = precision(dtype) if dtype == torch.float32 else "half"
+    table = _CONV_WEIGHT if op == "conv2d_weight" else _CONV
+    tile = table[kind]
+    # tl.dot takes no side below 16.
+    return tile._replace(
+        rows=min(tile.rows, max(16, triton.next_power_of_2(rows))),
+        columns=min(tile.columns, max(16, triton.next_power_of_2(columns))),
+    )
+
+
+def plain_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
+    """The tile of an op without products of matrices; one channel block is at most 64 wide."""
+    elements = _ELEMENTS[op] // (2 if dtype == torch.float64 else 1)
+    width = min(64, triton.next_power_of_2(columns))
+    return Tile(min(elements // width, triton.next_power_of_2(rows)), width, 1)
+
+
+def steps(length: int, parallel: int, block: int) -> tuple[int, int]:
+    """How a long sum is split among programs: `(tiles per program, programs)`.
+
+    The number of tiles is a compile-time constant of the kernels (the interpreter needs that): a
+    power of two keeps the number of their compilations low. It depends on sizes alone, not on the
+    GPU, and so does the order of summation.
+
+    Args:
+        length: terms of the sum.
+        parallel: programs that there are without a split.
+        block: terms of a tile.
+
+    Returns:
+        Tiles per program, and the number of programs that share the sum, at most 64.
+    """
+    tiles = triton.cdiv(length, block)
+    splits = min(tiles, _SPLITS, max(1, _PROGRAMS // max(1, parallel)))
+    each = triton.next_power_of_2(triton.cdiv(tiles, splits))
+    return each, triton.cdiv(tiles, each)
+
+
+def check(**operands: Tensor | None) -> None:
+    """Refuse what a kernel would misread.
+
+    Args:
+        operands: by name; None is skipped.
+
+    Raises:
+        TypeError: an operand's dtype.
+        ValueError: an operand that is not contiguous, or on another device than the first.
+    """
+    given = {name: x for name, x in operands.items() if x is not None}
+    device = next(iter(given.values())).device
+    for name, x in given.items():
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected a dtype among {_DTYPES}, got {x.dtype}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_one_dtype(**operands: Tensor | None) -> None:
+    """Refuse operands of more than one dtype.
+
+    Args:
+        operands: by name; None is skipped.
+
+    Raises:
+        TypeError: an operand's dtype is not the first one's.
+    """
+    given = {name: x for name, x in operands.items() if x is not None}
+    dtype = next(iter(given.values())).dtype
+    for name, x in given.items():
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+
+
+def check_index(where: Tensor, like: Tensor) -> None:
+    """Refuse positions that are not contiguous int32 on the device of what they point into.
+
+    Args:
+        where: the positions.
+        like: what they point into.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: strides, or the device.
+    """
+    if where.dtype != torch.int32:
+        raise TypeError(f"where: expected int32, got {where.dtype}")
+    if not where.is_contiguous() or where.device != like.device:
+        raise ValueError(
+            f"where: expected a contiguous tensor on {like.device}, got strides {where.stride()} "
+            f"on {where.device}"
+        )
+
+
+def check_sizes(tasks: int, groups: int, pixels: int, image: int) -> None:
+    """Refuse sizes that the kernels count in too few bits.
+
+    Args:
+        tasks: T.
+        groups: of a convolution; blocks of channels elsewhere.
+        pixels: of all samples of a task.
+        image: elements of one image of all channels.
+
+    Raises:
+        ValueError: one of them is too large.
+    """
+    for name, size, limit in (
+        ("tasks", tasks, _GRID_YZ),
+        ("groups or blocks of channels", groups, _GRID_YZ),
+        ("pixels of a task", pixels, _LIMIT),
+        ("elements of an image", image, _LIMIT),
+    ):
+        if size > limit:
+            raise ValueError(f"{name}: expected at most {limit} for the Triton kernels, got {size}")
+
+
+def run(kernel: Any, grid: tuple[int, int, int], tile: Tile, *arguments: Any, **meta: Any) -> None:
+    """Start a kernel on the device of its first tensor, and on that device's current stream."""
+    device = next(x.device for x in arguments if x is not None)
+    # Triton launches on the current device, whatever its arguments' is.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, **meta)
