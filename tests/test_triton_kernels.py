@@ -22,8 +22,7 @@ from fastkfo.kernels import triton as installed
 pytestmark = pytest.mark.skipif(not installed.available(), reason="needs triton")
 
 OURS = "fastkfo.kernels.triton"
-FLOATS = [torch.float64, torch.float32]
-EVERY = [*FLOATS, torch.float16, torch.bfloat16]
+EVERY = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 name_of = {dtype: str(dtype).removeprefix("torch.") for dtype in EVERY}.get
 
 _interpreted = {}  # the modules, from one test to the next
@@ -150,25 +149,29 @@ class Conv:
 CONVS = [
     Conv("plain"),
     Conv("one_channel", channels=1, outputs=1, size=(4, 4)),
-    Conv("blocks", channels=40, outputs=70, kernel=(2, 1), padding=(0, 0), tasks=1, size=(6, 7)),
-    Conv("many_pixels", tasks=1, n=3, size=(9, 8), channels=17, outputs=4, kernel=(1, 2)),
+    Conv("blocks", channels=20, outputs=70, kernel=(2, 1), padding=(0, 0), tasks=1, size=(5, 7)),
+    Conv("many_channels", tasks=1, n=1, size=(2, 3), channels=67, outputs=2, kernel=(2, 1)),
+    Conv("many_pixels", tasks=1, n=3, size=(7, 6), channels=17, outputs=4, kernel=(1, 2)),
     Conv("stride", stride=(2, 2), channels=18, outputs=18),
-    Conv("uneven_stride", stride=(3, 2), kernel=(2, 3), padding=(0, 1), outputs=33),
+    Conv("uneven_stride", stride=(3, 2), kernel=(2, 3), padding=(0, 1), outputs=17),
     Conv("dilation", dilation=(2, 1), padding=(2, 1)),
     Conv("dilation_and_stride", stride=(2, 2), dilation=(2, 2), padding=(2, 3), size=(7, 6)),
     Conv("groups", channels=6, outputs=4, groups=2, stride=(2, 1), kernel=(3, 2)),
-    Conv("depthwise", channels=4, outputs=8, groups=4),
+    Conv("depthwise", tasks=1, channels=3, outputs=6, groups=3),
     Conv("pointwise", kernel=(1, 1), padding=(0, 0), stride=(2, 2), channels=20, outputs=3),
     Conv("one_pixel", tasks=3, n=1, size=(1, 1)),
     Conv("stride_beyond_the_image", size=(1, 2), stride=(3, 3), kernel=(1, 1), padding=(0, 0)),
     Conv("window_beyond_the_image", size=(2, 1), kernel=(4, 5), padding=(1, 2)),
 ]
-convs = pytest.mark.parametrize("case", CONVS, ids=lambda case: case.name)
-conv_dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+# float32 has other tiles.
+conv_grid = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(x, torch.float64) for x in CONVS] + [(x, torch.float32) for x in CONVS[:8]],
+    ids=lambda x: x.name if isinstance(x, Conv) else name_of(x),
+)
 
 
-@convs
-@conv_dtypes
+@conv_grid
 def test_conv2d(ops, device, case, dtype):
     x, weight, bias = case.operands(device, dtype)
     y = ops.conv2d(x, weight, bias, None, None, *case.rest)
@@ -179,9 +182,9 @@ def test_conv2d(ops, device, case, dtype):
     close(y, expected, case.forward(*sizes), weight[0, 0].numel() + 2)
 
 
-@convs
-def test_conv2d_of_two_terms(ops, device, case, dtype=torch.float64):
-    (x, weight, _), (x2, weight2, _) = (case.operands(device, dtype) for _ in range(2))
+@pytest.mark.parametrize("case", CONVS[:6], ids=lambda case: case.name)
+def test_conv2d_of_two_terms(ops, device, case):
+    (x, weight, _), (x2, weight2, _) = (case.operands(device, torch.float64) for _ in range(2))
     y = ops.conv2d(x, weight, None, x2, weight2, *case.rest)
     both = [(dense(x), dense(weight)), (dense(x2), dense(weight2))]
     expected = sum(case.forward(*pair) for pair in both)
@@ -189,8 +192,7 @@ def test_conv2d_of_two_terms(ops, device, case, dtype=torch.float64):
     close(y, expected, size, 2 * weight[0, 0].numel() + 2)
 
 
-@convs
-@conv_dtypes
+@conv_grid
 def test_conv2d_input(ops, device, case, dtype):
     _, weight, _ = case.operands(device, dtype)
     dy = case.cotangent(device, dtype)
@@ -199,8 +201,7 @@ def test_conv2d_input(ops, device, case, dtype):
     close(dx, case.input(dense(dy), dense(weight)), size, weight[0].numel() + 2)
 
 
-@convs
-@conv_dtypes
+@conv_grid
 def test_conv2d_weight(ops, device, case, dtype):
     x, _, _ = case.operands(device, dtype)
     dy = case.cotangent(device, dtype)
@@ -216,12 +217,11 @@ def test_conv2d_weight(ops, device, case, dtype):
     assert none.shape == (0,)
 
 
-def test_conv2d_weight_in_several_steps(ops, device, monkeypatch, dtype=torch.float64):
+def test_conv2d_weight_in_several_steps(ops, device, monkeypatch):
     launch = importlib.import_module(f"{OURS}.launch")
-    monkeypatch.setattr(launch, "_SPLITS", 2)
-    test_conv2d_weight(ops, device, CONVS[0], dtype)
-    monkeypatch.setattr(launch, "_SPLITS", 1)
-    test_conv2d_weight(ops, device, CONVS[0], dtype)
+    for splits in (2, 1):
+        monkeypatch.setattr(launch, "_SPLITS", splits)
+        test_conv2d_weight(ops, device, CONVS[0], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
@@ -239,10 +239,10 @@ def test_convolutions_in_16_bits(ops, device, case, dtype):
     [{"tasks": 0}, {"n": 0}, {"channels": 0}, {"outputs": 0}, {"size": (0, 3), "padding": (2, 1)}],
     ids=str,
 )
-def test_empty_convolutions(ops, device, sizes, dtype=torch.float32):
+def test_empty_convolutions(ops, device, sizes):
     case = Conv("empty", **sizes)
-    x, weight, bias = case.operands(device, dtype)
-    dy = case.cotangent(device, dtype)
+    x, weight, bias = case.operands(device, torch.float32)
+    dy = case.cotangent(device, torch.float32)
     y = ops.conv2d(x, weight, bias, None, None, *case.rest)
     assert torch.equal(y, bias[:, None, None, None].expand(y.shape))
     assert torch.equal(ops.conv2d(x, weight, None, None, None, *case.rest), torch.zeros_like(y))
@@ -255,13 +255,26 @@ def test_empty_convolutions(ops, device, sizes, dtype=torch.float32):
 
 # Batch norm
 
-NORMS = {
-    "plain": (2, 30, 5), "one_channel": (2, 37, 1), "one_pixel": (3, 1, 4), "one_task": (1, 7, 3),
-    "chunks": (1, 700, 3), "blocks": (2, 70, 130),
-}  # fmt: skip
-norms = pytest.mark.parametrize("shape", NORMS.values(), ids=NORMS)
-affine = pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-relus = pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+
+@dataclass(frozen=True)
+class Norm:
+    name: str
+    shape: tuple = (2, 30, 5)
+    affine: bool = True
+    relu: bool = True
+
+
+NORMS = [
+    Norm("plain"),
+    Norm("linear", relu=False),
+    Norm("no_weight", affine=False),
+    Norm("no_weight_linear", affine=False, relu=False),
+    Norm("one_channel", (2, 37, 1)),
+    Norm("one_pixel", (3, 1, 4)),
+    Norm("chunks", (1, 700, 3)),
+    Norm("blocks", (1, 20, 67), relu=False),
+]
+norms = pytest.mark.parametrize("case", NORMS, ids=lambda case: case.name)
 norm_dtypes = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of
 )
@@ -277,30 +290,29 @@ def normalise(x, weight, bias, relu, eps=1e-3):
     return y.relu() if relu else y, mean[:, 0], rstd[:, 0]
 
 
-def norm_operands(device, dtype, shape, affine, count=0):
+def norm_operands(device, dtype, case, count=0):
     """x, weight, bias, then tensors of x's shape."""
-    full = [draw(device, dtype, *shape) for _ in range(1 + count)]
+    full = [draw(device, dtype, *case.shape) for _ in range(1 + count)]
     full[0] = guarded(full[0] + 3)
-    pair = [draw(device, dtype, shape[0], shape[2]) if affine else None for _ in range(2)]
+    channels = case.shape[::2]
+    pair = [draw(device, dtype, *channels) if case.affine else None for _ in range(2)]
     return [full[0], *pair, *full[1:]]
 
 
-def near(found, expected, shape):
-    """Within roundings: those of a sum over P, and some dozens of what is no larger than its peak."""
-    peak = expected.abs().max() if expected.numel() else expected.sum()
-    close(found, expected, (1 + peak).expand(expected.shape), 40 + shape[1])
+def near(found, expected, case):
+    """Within roundings: those of a sum over P, and some dozens of what is no larger than a peak."""
+    size = (1 + expected.abs().max()).expand(expected.shape)
+    close(found, expected, size, 40 + case.shape[1])
 
 
 @norms
-@affine
-@relus
 @norm_dtypes
-def test_batch_norm(ops, device, shape, affine, relu, dtype):
-    x, weight, bias = norm_operands(device, dtype, shape, affine)
-    found = ops.batch_norm(x, weight, bias, 1e-3, relu)
+def test_batch_norm(ops, device, case, dtype):
+    x, weight, bias = norm_operands(device, dtype, case)
+    found = ops.batch_norm(x, weight, bias, 1e-3, case.relu)
     inputs = [None if v is None else dense(v) for v in (x, weight, bias)]
-    for one, expected in zip(found, normalise(*inputs, relu), strict=True):
-        near(one, expected, shape)
+    for one, expected in zip(found, normalise(*inputs, case.relu), strict=True):
+        near(one, expected, case)
     assert found[0].dtype == dtype
     assert found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -309,8 +321,13 @@ def leaves(*tensors):
     return [None if v is None else dense(v).requires_grad_() for v in tensors]
 
 
+def to_statistics(device, dtype, *values):
+    dtype = torch.promote_types(dtype, torch.float32)
+    return [v.detach().to(device, dtype) for v in values]
+
+
 def first_derivative(x, weight, bias, dy, relu):
-    """dx, dγ, dβ of the formula, differentiable; with weight and bias None those of one and zero."""
+    """dx, dγ, dβ of the formula, differentiable; without weight and bias at one and zero."""
     if weight is None:
         weight = torch.ones(x.shape[0], x.shape[2], dtype=x.dtype, requires_grad=True)
         bias = torch.zeros_like(weight).requires_grad_()
@@ -320,39 +337,44 @@ def first_derivative(x, weight, bias, dy, relu):
 
 
 @norms
-@affine
-@relus
 @norm_dtypes
-def test_batch_norm_backward(ops, device, shape, affine, relu, dtype):
-    x, weight, bias, dy = norm_operands(device, dtype, shape, affine, 1)
-    expected, _, mean, rstd = first_derivative(*leaves(x, weight, bias, dy), relu)
+def test_batch_norm_backward(ops, device, case, dtype):
+    x, weight, bias, dy = norm_operands(device, dtype, case, 1)
+    expected, _, mean, rstd = first_derivative(*leaves(x, weight, bias, dy), case.relu)
     statistics = [
         v.detach().to(device, torch.promote_types(dtype, torch.float32)) for v in (mean, rstd)
     ]
-    found = ops.batch_norm_backward(dy, x, *statistics, weight, bias, relu)
+    found = ops.batch_norm_backward(dy, x, *statistics, weight, bias, case.relu)
     for one, value in zip(found, expected, strict=True):
-        near(one, value.detach(), shape)
+        near(one, value.detach(), case)
 
 
 @norms
-@affine
-@relus
 @norm_dtypes
-@pytest.mark.parametrize("cotangents", ["abc", "a", "bc", "c"])
-def test_batch_norm_double_backward(ops, device, shape, affine, relu, dtype, cotangents):
-    x, weight, bias, dy, a = norm_operands(device, dtype, shape, affine, 2)
-    b, c = (draw(device, dtype, shape[0], shape[2]) for _ in range(2))
+def test_batch_norm_double_backward(ops, device, case, dtype):
+    check_double_backward(ops, device, case, dtype, "abc")
+
+
+@pytest.mark.parametrize("cotangents", ["a", "bc", "c"])
+def test_batch_norm_double_backward_of_some(ops, device, cotangents):
+    for case in NORMS[:2]:
+        check_double_backward(ops, device, case, torch.float64, cotangents)
+
+
+def check_double_backward(ops, device, case, dtype, cotangents):
+    x, weight, bias, dy, a = norm_operands(device, dtype, case, 2)
+    b, c = (draw(device, dtype, *case.shape[::2]) for _ in range(2))
     x64, w64, b64, dy64 = leaves(x, weight, bias, dy)
-    gradients, gamma, mean, rstd = first_derivative(x64, w64, b64, dy64, relu)
+    gradients, gamma, mean, rstd = first_derivative(x64, w64, b64, dy64, case.relu)
     given = [v if name in cotangents else None for v, name in zip((a, b, c), "abc", strict=True)]
     s = sum((dense(v) * g).sum() for v, g in zip(given, gradients, strict=True) if v is not None)
     expected = torch.autograd.grad(s, (dy64, x64, gamma), allow_unused=True, materialize_grads=True)
     statistics = [
         v.detach().to(device, torch.promote_types(dtype, torch.float32)) for v in (mean, rstd)
     ]
-    found = ops.batch_norm_double_backward(*given, dy, x, *statistics, weight, bias, relu)
+    found = ops.batch_norm_double_backward(*given, dy, x, *statistics, weight, bias, case.relu)
     for one, value in zip(found, expected, strict=True):
-        near(one, value, shape)
+        near(one, value, case)
 
 
 def test_batch_norm_far_from_zero(ops, device):
@@ -368,28 +390,28 @@ def test_batch_norm_far_from_zero(ops, device):
     )
 
 
-def test_batch_norm_in_several_steps(ops, device, monkeypatch, dtype=torch.float64):
+def test_batch_norm_in_several_steps(ops, device, monkeypatch):
     launch = importlib.import_module(f"{OURS}.launch")
     monkeypatch.setattr(launch, "_SPLITS", 3)
     monkeypatch.setattr(launch, "_ELEMENTS", dict.fromkeys(launch._ELEMENTS, 64))
-    for shape in ((1, 100, 3), (2, 97, 5)):
-        test_batch_norm(ops, device, shape, True, True, dtype)
-        test_batch_norm_backward(ops, device, shape, True, True, dtype)
-        test_batch_norm_double_backward(ops, device, shape, True, True, dtype, "abc")
+    case = Norm("several_steps", (2, 97, 5))
+    test_batch_norm(ops, device, case, torch.float64)
+    test_batch_norm_backward(ops, device, case, torch.float64)
+    test_batch_norm_double_backward(ops, device, case, torch.float64)
 
 
 def test_batch_norm_with_float32_parameters(ops, device):
     x, dy = (draw(device, torch.bfloat16, 2, 9, 3) for _ in range(2))
     weight, bias = (draw(device, torch.float32, 2, 3) for _ in range(2))
     y, mean, rstd = ops.batch_norm(x, weight, bias, 1e-3, True)
-    near(y, normalise(dense(x), dense(weight), dense(bias), True)[0], (2, 9, 3))
+    near(y, normalise(dense(x), dense(weight), dense(bias), True)[0], Norm("", (2, 9, 3)))
     dx, dweight, dbias = ops.batch_norm_backward(dy, x, mean, rstd, weight, bias, True)
     assert [v.dtype for v in (y, dx, dweight, dbias)] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)], ids=str)
 def test_empty_batch_norm(ops, device, shape):
-    x, weight, bias, dy, a = norm_operands(device, torch.float32, shape, True, 2)
+    x, weight, bias, dy, a = norm_operands(device, torch.float32, Norm("empty", shape), 2)
     y, mean, rstd = ops.batch_norm(x, weight, bias, 1e-3, True)
     assert y.shape == shape
     found = ops.batch_norm_backward(dy, x, mean, rstd, weight, bias, True)
@@ -428,12 +450,13 @@ POOLS = [
         ceil=True,
         size=(4, 6),
     ),
-    Pool("whole_image", kernel=(5, 6), stride=(5, 6), channels=1),
-    Pool("gaps", kernel=(1, 2), stride=(2, 3), channels=70),
+    Pool("whole_image", size=(3, 4), kernel=(3, 4), stride=(3, 4), channels=1),
+    Pool("gaps", size=(3, 5), kernel=(1, 2), stride=(2, 3), channels=70),
     Pool("one_pixel", size=(1, 1), kernel=(1, 1), stride=(1, 1)),
     Pool("many_pixels", size=(20, 19), channels=2),
 ]
 DILATED = [Pool("dilation", kernel=(2, 3), dilation=(2, 2), padding=(1, 1), size=(6, 7))]
+# The dtype changes no index: every case in float64, one in the others.
 pool_dtypes = pytest.mark.parametrize("dtype", EVERY, ids=name_of)
 
 
@@ -469,9 +492,13 @@ def check_max_pool(ops, case, x):
 
 
 @pytest.mark.parametrize("case", POOLS + DILATED, ids=lambda case: case.name)
+def test_max_pool2d(ops, device, case):
+    check_max_pool(ops, case, case.images(device, torch.float64))
+
+
 @pool_dtypes
-def test_max_pool2d(ops, device, case, dtype):
-    check_max_pool(ops, case, case.images(device, dtype))
+def test_max_pool2d_of_every_dtype(ops, device, dtype):
+    check_max_pool(ops, POOLS[1], POOLS[1].images(device, dtype))
 
 
 @pytest.mark.parametrize("case", [POOLS[1], DILATED[0]], ids=lambda case: case.name)
@@ -488,8 +515,16 @@ def test_max_pool2d_of_equal_and_special_values(ops, device, case):
 @pytest.mark.parametrize(
     ("include_pad", "divisor"), [(True, 0), (False, 0), (True, 3)], ids=["pad", "no_pad", "divisor"]
 )
+def test_avg_pool2d(ops, device, case, include_pad, divisor):
+    check_avg_pool(ops, device, case, include_pad, divisor, torch.float64)
+
+
 @pool_dtypes
-def test_avg_pool2d(ops, device, case, include_pad, divisor, dtype):
+def test_avg_pool2d_of_every_dtype(ops, device, dtype):
+    check_avg_pool(ops, device, POOLS[1], False, 0, dtype)
+
+
+def check_avg_pool(ops, device, case, include_pad, divisor, dtype):
     x = case.images(device, dtype)
     images, window = flat(x).requires_grad_(), (case.kernel, case.stride, case.padding)
     rest = (include_pad, divisor or None)

@@ -1,8 +1,11 @@
 """Compiles every Triton kernel ahead of time as its launcher would, and prints one JSON line each.
 
-Runs in a process of its own, without TRITON_INTERPRET: `python tests/triton_compile.py 80,90 float32,tf32,bfloat16`. The
-operands have shapes and no data (device "meta"); instead of a launch there is a compilation for
-each compute capability named. Compilations that two launches share are done once.
+Runs in a process of its own, without TRITON_INTERPRET:
+
+    PYTHONPATH=. python tests/triton_compile.py 80,90 float32,tf32,bfloat16
+
+The operands have shapes and no data (device "meta"); instead of a launch there is a compilation for
+each compute capability named. What two launches share is compiled once.
 """
 
 import json
@@ -98,13 +101,22 @@ def conv(dtype, n, size, channels, outputs, kernel=(3, 3), stride=(1, 1)):
     ops.conv2d_weight(x, y, kernel, *rest, True)
 
 
-def norm(dtype, pixels, channels):
-    x, w = meta(dtype, 4, pixels, channels), meta(dtype, 4, channels)
+def bare_conv(dtype):
+    """The smallest one, where every size is one: Triton makes constants of those."""
+    x, weight = meta(dtype, 1, 1, 1, 1, 1), meta(dtype, 1, 1, 1, 1, 1)
+    rest = ((1, 1), (0, 0), (1, 1), 1)
+    ops.conv2d(x, weight, None, None, None, *rest)
+    ops.conv2d_input(x, weight, [1, 1], *rest)
+    ops.conv2d_weight(x, x, (1, 1), *rest, False)
+
+
+def norm(dtype, pixels, channels, full=True):
+    x, w = meta(dtype, 4, pixels, channels), meta(dtype, 4, channels) if full else None
     statistics = meta(launch.accumulator(dtype), 4, channels)
-    ops.batch_norm(x, w, w, 1e-5, True)
-    rest = (x, x, statistics, statistics, w, w, True)
+    ops.batch_norm(x, w, w, 1e-5, full)
+    rest = (x, x, statistics, statistics, w, w, full)
     ops.batch_norm_backward(*rest)
-    ops.batch_norm_double_backward(x, w, w, *rest)
+    ops.batch_norm_double_backward(x if full else None, w, w, *rest)
 
 
 def pool(dtype):
@@ -117,16 +129,19 @@ def pool(dtype):
 
 
 def main(capabilities, dtypes):
-    """Representative layers: few channels and many, on whole tiles and on parts of them."""
+    """Representative layers: few channels and many, the most chunks that there are, the least."""
     compiler = launch.run = Compiler(capabilities)
     for name in dtypes:
         torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"
         dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         compiler.dtype = name
         conv(dtype, 25, 42, 64, 64)
-        conv(dtype, 25, 84, 3, 32)
+        conv(dtype, 25, 84, 3, 32, stride=(2, 2))
         norm(dtype, 25 * 84 * 84, 64)
         pool(dtype)
+        if name == "float32":
+            bare_conv(dtype)
+            norm(dtype, 25, 1, full=False)
 
 
 if __name__ == "__main__":

@@ -5,29 +5,20 @@
 #include <tuple>
 
 #include "common.h"
-#include "cpu/layers.h"
+#include "cpu/conv_geometry.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
 namespace fastkfo::cpu {
 namespace {
 
-struct Window {
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
-
-  int64_t out_size(int axis, int64_t size) const {
-    const int64_t room = size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
-    return room < 0 ? 0 : room / stride[axis] + 1;
-  }
-};
-
 struct Shape {
-  int64_t tasks, samples, size[2], channels, out_size[2], out_channels, groups;
+  int64_t tasks, samples, channels, out_channels, groups;
   Window window;
 
-  int64_t taps() const { return window.kernel[0] * window.kernel[1]; }
-  int64_t pixels() const { return size[0] * size[1]; }
-  int64_t out_pixels() const { return out_size[0] * out_size[1]; }
+  int64_t taps() const { return window.taps(); }
+  int64_t pixels() const { return window.pixels(); }
+  int64_t out_pixels() const { return window.out_pixels(); }
   int64_t group_in() const { return channels / groups; }
   int64_t group_out() const { return out_channels / groups; }
   int64_t weights() const { return out_channels * group_in() * taps(); }
@@ -37,7 +28,9 @@ Window window_of(int64_t kh, int64_t kw, const Ints& stride, const Ints& padding
                  const Ints& dilation) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "fastkfo: stride, padding and dilation take two numbers each");
-  Window w{{kh, kw}, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}};
+  Window w{
+      {kh, kw}, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}, {},
+      {}};
   for (int a = 0; a < 2; ++a)
     STD_TORCH_CHECK(w.kernel[a] > 0 && w.stride[a] > 0 && w.padding[a] >= 0 && w.dilation[a] > 0,
                     "fastkfo: kernel, stride and dilation are positive, padding is not negative");
@@ -53,64 +46,17 @@ Shape shape_of(const Tensor& x, const Tensor& weight, const Window& window, int6
   Shape s{};
   s.tasks = x.size(0), s.samples = x.size(1), s.channels = x.size(4), s.groups = groups;
   s.window = window, s.out_channels = weight.size(1);
-  for (int a = 0; a < 2; ++a) {
-    s.size[a] = x.size(2 + a);
-    s.out_size[a] = window.out_size(a, s.size[a]);
-  }
+  for (int a = 0; a < 2; ++a) s.window.size[a] = x.size(2 + a);
+  s.window.set_out_size();
   STD_TORCH_CHECK(weight.size(0) == s.tasks && weight.size(2) * groups == s.channels &&
                       s.out_channels % groups == 0,
                   "fastkfo: the weights do not fit the images");
   return s;
 }
 
-// Tap (i, j) of a pixel of the larger image reads, or is read by, one of the smaller.
-Geometry outputs_geometry(const Shape& s) {
-  Geometry g{s.out_pixels(), s.taps(), s.window.kernel[1], {}, {}, {}};
-  g.classes = {0, static_cast<int32_t>(g.pixels)};
-  g.source.reserve(g.pixels * g.taps);
-  const Window& w = s.window;
-  for (int64_t y = 0; y < s.out_size[0]; ++y)
-    for (int64_t x = 0; x < s.out_size[1]; ++x) {
-      g.order.push_back(static_cast<int32_t>(y * s.out_size[1] + x));
-      for (int64_t i = 0; i < w.kernel[0]; ++i)
-        for (int64_t j = 0; j < w.kernel[1]; ++j) {
-          const int64_t h = y * w.stride[0] - w.padding[0] + i * w.dilation[0];
-          const int64_t v = x * w.stride[1] - w.padding[1] + j * w.dilation[1];
-          const bool inside = h >= 0 && h < s.size[0] && v >= 0 && v < s.size[1];
-          g.source.push_back(inside ? static_cast<int32_t>(h * s.size[1] + v) : -1);
-        }
-    }
-  return g;
-}
-
-// The output pixel that reads input pixel `at` by tap `k`, or -1.
-int64_t reader(const Shape& s, int axis, int64_t at, int64_t k) {
-  const Window& w = s.window;
-  const int64_t from = at + w.padding[axis] - k * w.dilation[axis];
-  if (from < 0 || from % w.stride[axis] != 0) return -1;
-  const int64_t out = from / w.stride[axis];
-  return out < s.out_size[axis] ? out : -1;
-}
-
-Geometry inputs_geometry(const Shape& s) {
-  Geometry g{s.pixels(), s.taps(), s.window.kernel[1], {}, {0}, {}};
-  const Window& w = s.window;
-  g.source.reserve(g.pixels * g.taps);
-  for (int64_t h = 0; h < s.size[0]; ++h)
-    for (int64_t v = 0; v < s.size[1]; ++v)
-      for (int64_t i = 0; i < w.kernel[0]; ++i)
-        for (int64_t j = 0; j < w.kernel[1]; ++j) {
-          const int64_t y = reader(s, 0, h, i), x = reader(s, 1, v, j);
-          g.source.push_back(y < 0 || x < 0 ? -1 : static_cast<int32_t>(y * s.out_size[1] + x));
-        }
-  for (int64_t i = 0; i < w.stride[0]; ++i)  // pixels a stride apart are read by the same taps
-    for (int64_t j = 0; j < w.stride[1]; ++j) {
-      for (int64_t h = i; h < s.size[0]; h += w.stride[0])
-        for (int64_t v = j; v < s.size[1]; v += w.stride[1])
-          g.order.push_back(static_cast<int32_t>(h * s.size[1] + v));
-      g.classes.push_back(static_cast<int32_t>(g.order.size()));
-    }
-  return g;
+void check_behind(const Tensor& dy, const Window& w) {
+  STD_TORCH_CHECK(dy.size(2) == w.out_size[0] && dy.size(3) == w.out_size[1],
+                  "fastkfo: dy does not fit the images");
 }
 
 void check_small(const Shape& s) {
@@ -179,7 +125,8 @@ struct Sum {
 
   void run() const {
     const auto& kernels = layer_kernels<T>();
-    const Geometry geometry = adjoint ? inputs_geometry(shape) : outputs_geometry(shape);
+    const auto kept = geometry_of(shape.window, adjoint, channels() >= kPatched);
+    const Geometry& geometry = *kept;
     const std::vector<Piece> pieces = pieces_of(geometry, shape.samples);
     const int64_t in_step = adjoint ? shape.out_channels : shape.channels;
     const int64_t out_step = adjoint ? shape.channels : shape.out_channels;
@@ -202,9 +149,7 @@ struct Sum {
       Products<T> call{};
       T* packed[2] = {scratch.take(depth * padded),
                       pairs > 1 ? scratch.take(depth * padded) : nullptr};
-      T* zeros = scratch.take(channels());
-      std::fill(zeros, zeros + channels(), T(0));
-      call.pairs = pairs, call.zeros = zeros;
+      call.pairs = pairs;
       call.channels = channels(), call.columns = columns();
       call.work = scratch.take(kernels.work(taps, channels(), columns()));
       call.x_pixel = in_step, call.x_sample = in_task / shape.samples;
@@ -235,7 +180,8 @@ template <class T>
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& x2, const std::optional<Tensor>& weight2,
                const Shape& s) {
-  const int64_t sizes[] = {s.tasks, s.samples, s.out_size[0], s.out_size[1], s.out_channels};
+  const int64_t sizes[] = {s.tasks, s.samples, s.window.out_size[0], s.window.out_size[1],
+                           s.out_channels};
   Tensor out = empty(x, sizes, 5);
   const int64_t images = s.tasks * s.samples * s.pixels() * s.channels;
   Sum<T> sum{s,
@@ -257,7 +203,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 
 template <class T>
 Tensor to_input(const Tensor& dy, const Tensor& weight, const Shape& s) {
-  const int64_t sizes[] = {s.tasks, s.samples, s.size[0], s.size[1], s.channels};
+  const int64_t sizes[] = {s.tasks, s.samples, s.window.size[0], s.window.size[1], s.channels};
   Tensor out = empty(dy, sizes, 5);
   const int64_t images = s.tasks * s.samples * s.out_pixels() * s.out_channels;
   const Sum<T> sum{s,
@@ -293,7 +239,8 @@ std::tuple<Tensor, Tensor> to_weight(const Tensor& x, const Tensor& dy, const Sh
   T* to_db = static_cast<T*>(db.data_ptr());
   const int64_t taps = s.taps(), columns = s.group_out(), parts = parts_of(s);
   const int64_t padded = (columns + kernels.width - 1) / kernels.width * kernels.width;
-  const Geometry geometry = outputs_geometry(s);
+  const auto kept = geometry_of(s.window, false, false);
+  const Geometry& geometry = *kept;
   const int64_t cost = s.samples * s.out_pixels() * columns * taps * s.group_in() / parts;
   const std::vector<int64_t> costs(s.tasks * s.groups * parts, cost);
   parallel_ranges(costs, [&](int64_t first, int64_t last) {
@@ -305,7 +252,7 @@ std::tuple<Tensor, Tensor> to_weight(const Tensor& x, const Tensor& dy, const Sh
       const int64_t part = u % parts, group = u / parts % s.groups, task = u / parts / s.groups;
       const int64_t begin = s.group_in() * part / parts, end = s.group_in() * (part + 1) / parts;
       const int64_t channels = end - begin;
-      std::fill(sums, sums + taps * channels * padded, T(0));
+      if (s.samples * s.out_pixels() == 0) std::fill(sums, sums + taps * channels * padded, T(0));
       std::fill(sum_of_dy, sum_of_dy + padded, T(0));
       Outer<T> call{};
       call.x = from_x + task * x_task + group * s.group_in() + begin;
@@ -367,11 +314,9 @@ Tensor conv2d_input(Tensor dy, Tensor weight, Ints size, Ints stride, Ints paddi
   s.window = window_of(weight.size(3), weight.size(4), stride, padding, dilation);
   s.tasks = dy.size(0), s.samples = dy.size(1), s.groups = groups;
   s.out_channels = weight.size(1), s.channels = weight.size(2) * groups;
-  for (int a = 0; a < 2; ++a) {
-    s.size[a] = size[a];
-    s.out_size[a] = s.window.out_size(a, size[a]);
-    STD_TORCH_CHECK(dy.size(2 + a) == s.out_size[a], "fastkfo: dy does not fit the size");
-  }
+  for (int a = 0; a < 2; ++a) s.window.size[a] = size[a];
+  s.window.set_out_size();
+  check_behind(dy, s.window);
   STD_TORCH_CHECK(
       weight.size(0) == s.tasks && s.out_channels % groups == 0 && dy.size(4) == s.out_channels,
       "fastkfo: the weights do not fit dy");
@@ -389,11 +334,9 @@ std::tuple<Tensor, Tensor> conv2d_weight(Tensor x, Tensor dy, Ints kernel, Ints 
   s.out_channels = dy.size(4);
   STD_TORCH_CHECK(s.channels % groups == 0 && s.out_channels % groups == 0,
                   "fastkfo: channels are not divisible by groups");
-  for (int a = 0; a < 2; ++a) {
-    s.size[a] = x.size(2 + a);
-    s.out_size[a] = s.window.out_size(a, s.size[a]);
-    STD_TORCH_CHECK(dy.size(2 + a) == s.out_size[a], "fastkfo: dy does not fit x");
-  }
+  for (int a = 0; a < 2; ++a) s.window.size[a] = x.size(2 + a);
+  s.window.set_out_size();
+  check_behind(dy, s.window);
   STD_TORCH_CHECK(dy.size(0) == s.tasks && dy.size(1) == s.samples, "fastkfo: dy does not fit x");
   check_small(s);
   return by_dtype(x, {&dy}, [&](auto one) { return to_weight<decltype(one)>(x, dy, s, bias); });

@@ -19,13 +19,14 @@ int64_t outer_work(int64_t taps, int64_t channels, int64_t columns) {
   return pixels * vectors_of<S>(columns) * kWidth<S> + patches;
 }
 
-// to [MR rows][NV vectors] += sum_p x[p][r] dy[p]
+// to [MR rows][NV vectors] += sum_p x[p][r] dy[p]; `fresh`: there is nothing yet to add to
 template <class S, int MR, int NV>
 FASTKFO_INLINE void add_outer(const S* const* x, const S* const* dy, int64_t count, int64_t channel,
-                              int64_t column, S* to, int64_t to_row) {
-  Lanes<S> sums[MR][NV];
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) sums[r][v] = V<S>::load(to + r * to_row + v * kWidth<S>);
+                              int64_t column, bool fresh, S* to, int64_t to_row) {
+  Lanes<S> sums[MR][NV] = {};
+  if (!fresh)
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) sums[r][v] = V<S>::load(to + r * to_row + v * kWidth<S>);
   for (int64_t p = 0; p < count; ++p) {
     const S* left = x[p] + channel;
     const S* right = dy[p] + column;
@@ -43,19 +44,19 @@ FASTKFO_INLINE void add_outer(const S* const* x, const S* const* dy, int64_t cou
 
 template <class S, int MR, int NV>
 FASTKFO_INLINE void rows_of_panel(const S* const* x, const S* const* dy, int64_t count,
-                                  int64_t channel, int64_t channels, int64_t column, S* to,
-                                  int64_t to_row) {
+                                  int64_t channel, int64_t channels, int64_t column, bool fresh,
+                                  S* to, int64_t to_row) {
   for (; channel + MR <= channels; channel += MR)
-    add_outer<S, MR, NV>(x, dy, count, channel, column, to + channel * to_row, to_row);
+    add_outer<S, MR, NV>(x, dy, count, channel, column, fresh, to + channel * to_row, to_row);
   if constexpr (MR > 1)
     if (channel < channels)
-      rows_of_panel<S, MR / 2, NV>(x, dy, count, channel, channels, column, to, to_row);
+      rows_of_panel<S, MR / 2, NV>(x, dy, count, channel, channels, column, fresh, to, to_row);
 }
 
 // to [channels][columns] += x^T dy for pixels whose numbers are at x[p] and dy[p]
 template <class S>
 void add_outer_products(const S* const* x, const S* const* dy, int64_t count, int64_t channels,
-                        int64_t vectors, S* to) {
+                        int64_t vectors, bool fresh, S* to) {
   constexpr int kMost = FASTKFO_VECTOR_BYTES == 64 ? 8 : 4;
   const int64_t row = vectors * kWidth<S>;
   for (int64_t v = 0; v < vectors; v += kPanel) {
@@ -63,17 +64,17 @@ void add_outer_products(const S* const* x, const S* const* dy, int64_t count, in
     const int64_t column = v * kWidth<S>;
     switch (std::min(kPanel, vectors - v)) {
       case 1:
-        rows_of_panel<S, kMost, 1>(x, dy, count, 0, channels, column, at, row);
+        rows_of_panel<S, kMost, 1>(x, dy, count, 0, channels, column, fresh, at, row);
         break;
       case 2:
-        rows_of_panel<S, kMost, 2>(x, dy, count, 0, channels, column, at, row);
+        rows_of_panel<S, kMost, 2>(x, dy, count, 0, channels, column, fresh, at, row);
         break;
 #if FASTKFO_VECTOR_BYTES == 64
       case 3:
-        rows_of_panel<S, 4, 3>(x, dy, count, 0, channels, column, at, row);
+        rows_of_panel<S, 4, 3>(x, dy, count, 0, channels, column, fresh, at, row);
         break;
       case 4:
-        rows_of_panel<S, 4, 4>(x, dy, count, 0, channels, column, at, row);
+        rows_of_panel<S, 4, 4>(x, dy, count, 0, channels, column, fresh, at, row);
         break;
 #endif
     }
@@ -109,7 +110,8 @@ void outer_of_patches(const Chunk<S>& chunk, const S** left, S* patches) {
                chunk.first + i - n * geometry.pixels, call.x_end, patches + i * depth);
     left[i] = patches + i * depth;
   }
-  add_outer_products(left, chunk.dy, chunk.count, depth, chunk.vectors, call.sums);
+  add_outer_products(left, chunk.dy, chunk.count, depth, chunk.vectors, chunk.first == 0,
+                     call.sums);
 }
 
 template <class S>
@@ -127,7 +129,7 @@ void outer_of_taps(const Chunk<S>& chunk, const S** left, const S** right) {
       found += at >= 0;
     }
     S* sums = call.sums + t * call.channels * chunk.vectors * kWidth<S>;
-    add_outer_products(left, right, found, call.channels, chunk.vectors, sums);
+    add_outer_products(left, right, found, call.channels, chunk.vectors, chunk.first == 0, sums);
   }
 }
 

@@ -1,6 +1,7 @@
 // The products of a convolution: a few target pixels times a panel of columns are held in registers
 // while taps and channels run. No patches are copied: every tap of every pixel is a pointer into
-// the source, or to zeros for padding. Only where there are few channels are they gathered first.
+// the source, and pixels that lack the same taps run together. Only where there are few channels
+// are taps gathered first.
 
 namespace fastkfo::cpu {
 namespace FASTKFO_LEVEL {
@@ -10,7 +11,7 @@ template <int NV>
 constexpr int kRows = FASTKFO_VECTOR_BYTES == 64   ? (NV == 4 ? 6 : 8)
                       : FASTKFO_VECTOR_BYTES == 32 ? 6
                                                    : 4;
-constexpr int kMostRows = 8;
+constexpr int64_t kMostRows = 8;
 
 template <class S>
 struct Tap {
@@ -78,21 +79,19 @@ struct Span {
   int64_t first_column, count;  // of the panel
 };
 
-// The taps [first, last) of MR target pixels from j on, without those that are padding for all.
+// The taps [first, last) of MR target pixels, without those that are padding for this class.
 template <class S, int MR, int NV>
-FASTKFO_INLINE int64_t gather(const Span<S>& span, int64_t j, int64_t first, int64_t last, int pair,
+FASTKFO_INLINE int64_t gather(const Span<S>& span, int64_t first, int64_t last, int pair,
                               Tap<S>* to, const int64_t (&sample)[MR], const int32_t (&pixel)[MR]) {
   const Products<S>& call = span.call;
+  const int64_t taps = span.geometry.taps;
+  const int32_t* source = span.geometry.source.data();
   int64_t found = 0;
   for (int64_t t = first; t < last; ++t) {
-    bool any = false;
-    for (int r = 0; r < MR; ++r) {
-      const int32_t at = span.geometry.source[pixel[r] * span.geometry.taps + t];
-      any |= at >= 0;
-      to[found].rows[r] = at < 0 ? call.zeros : call.x[pair] + sample[r] + at * call.x_pixel;
-    }
-    to[found].packed = span.packed[pair] + t * call.channels * NV * kWidth<S>;
-    found += any;
+    if (source[pixel[0] * taps + t] < 0) continue;
+    for (int r = 0; r < MR; ++r)
+      to[found].rows[r] = call.x[pair] + sample[r] + source[pixel[r] * taps + t] * call.x_pixel;
+    to[found++].packed = span.packed[pair] + t * call.channels * NV * kWidth<S>;
   }
   return found;
 }
@@ -127,19 +126,30 @@ FASTKFO_INLINE void block(const Span<S>& span, int64_t j, int64_t first, int64_t
       add_tap<S, MR, NV>(taps[0], depth, sums);
       continue;
     }
-    const int64_t found = gather<S, MR, NV>(span, j, first, last, pair, taps, sample, pixel);
+    const int64_t found = gather<S, MR, NV>(span, first, last, pair, taps, sample, pixel);
     for (int64_t t = 0; t < found; ++t) add_tap<S, MR, NV>(taps[t], call.channels, sums);
   }
   for (int r = 0; r < MR; ++r) store_row<S, NV>(sums[r], span.count, out[r]);
 }
 
-// Blocks of MR pixels, then of half as many, and so on.
+// A block of as many pixels as `rows` says, at most MR.
 template <class S, int MR, int NV>
+FASTKFO_INLINE void any_block(int64_t rows, const Span<S>& span, int64_t j, int64_t first,
+                              int64_t last, Tap<S>* taps) {
+  if (rows == MR) return block<S, MR, NV>(span, j, first, last, taps);
+  if constexpr (MR > 1) any_block<S, MR - 1, NV>(rows, span, j, first, last, taps);
+}
+
+// Blocks of about equal size: of 20 pixels 5 + 5 + 5 + 5, not 6 + 6 + 6 + 2.
+template <class S, int NV>
 FASTKFO_INLINE void blocks(const Span<S>& span, int64_t j, int64_t end, int64_t first, int64_t last,
                            Tap<S>* taps) {
-  for (; j + MR <= end; j += MR) block<S, MR, NV>(span, j, first, last, taps);
-  if constexpr (MR > 1)
-    if (j < end) blocks<S, MR / 2, NV>(span, j, end, first, last, taps);
+  int64_t left = (end - j + kRows<NV> - 1) / kRows<NV>;
+  for (; left > 0; --left) {
+    const int64_t rows = (end - j + left - 1) / left;
+    any_block<S, kRows<NV>, NV>(rows, span, j, first, last, taps);
+    j += rows;
+  }
 }
 
 template <class S, int NV>
@@ -150,7 +160,7 @@ void panel(const Span<S>& span, int64_t end) {
   const int64_t at_once = span.patches[0] ? taps : std::min({taps, fitting, kMostTaps});
   Tap<S> list[kMostTaps + 1];
   for (int64_t t = 0; t < taps; t += at_once)
-    blocks<S, kRows<NV>, NV>(span, span.begin, end, t, std::min(taps, t + at_once), list);
+    blocks<S, NV>(span, span.begin, end, t, std::min(taps, t + at_once), list);
 }
 
 template <class S>

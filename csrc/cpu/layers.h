@@ -38,7 +38,6 @@ struct Products {
   S* out;
   int64_t out_sample, out_pixel;
   const S* start;  // [columns], or null for zero
-  const S* zeros;  // [channels]
   S* work;         // LayerKernels::work numbers
 };
 

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch._C._functorch import (
+    _add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    maybe_get_bdim,
+    maybe_get_level,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from fastkfo.functional import checks, conv, norm, pool
 from fastkfo.inner_loop.buffers import TaskBuffers
@@ -38,33 +45,34 @@ def described(x: Tensor) -> str:
 
 
 def out_of_vmap(form: Form, *tensors: Tensor | None) -> Tensor:
-    """Call a form inside of vmap; plain autograd goes through what it does."""
-    result: Tensor = _OutOfVmap.apply(form, *tensors)
-    return result
+    """Call a form inside of vmap, on what is being mapped; plain autograd goes through it.
+
+    An autograd Function with a vmap rule does the same, in 100 microseconds more.
+
+    Args:
+        form: of tensors with T tasks in front. The first operand always has them.
+        tensors: as they are inside of vmap; at least one is mapped.
+
+    Returns:
+        The result, mapped again.
+    """
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    level, size = interpreter.level(), interpreter.batch_size()
+    rows = [None if t is None else _unmapped(t, level) for t in tensors]
+    first = rows[0]
+    assert first is not None
+    if len(first) != size:
+        rows[0] = first.expand(size, *first.shape[1:])
+    with interpreter.lower():
+        return _add_batch_dim(form(*rows), 0, level)  # type: ignore[no-any-return]
 
 
-class _OutOfVmap(Function):
-    """Takes a form out of vmap, by its vmap rule."""
-
-    @staticmethod
-    def forward(form: Form, *tensors: Tensor | None) -> Tensor:
-        """Never called: one of the operands is a task's."""
-        raise NotImplementedError
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, form: Form, *tensors: Tensor | None) -> Any:
-        """The form of T tasks. The first operand always has their axis; others may be shared."""
-        rows = [
-            t if t is None else t.unsqueeze(0) if d is None else t.movedim(d, 0)
-            for t, d in zip(tensors, in_dims[1:], strict=True)
-        ]
-        if rows[0] is not None and in_dims[1] is None:
-            rows[0] = rows[0].expand(info.batch_size, *rows[0].shape[1:])
-        return form(*rows), 0
+def _unmapped(x: Tensor, level: int) -> Tensor:
+    """With the mapped axis in front; an axis of one where there is none."""
+    if not is_batchedtensor(x) or maybe_get_level(x) != level:
+        return x.unsqueeze(0)
+    value, dim = get_unwrapped(x), maybe_get_bdim(x)
+    return value if dim == 0 else value.movedim(dim, 0)
 
 
 def _autocast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

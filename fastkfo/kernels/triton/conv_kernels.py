@@ -162,7 +162,7 @@ def conv_weight_kernel(
     FLAT: tl.constexpr, BIAS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dw[o, c, tap] = Σ_p dy[p, o] x[p at tap, c], db[o] = Σ_p dy[p, o], a tile [CO, (tap, c)] each.
+    """dw[o, c, tap] = Σ_p dy[p, o] x[p at tap, c], db[o] = Σ_p dy[p, o]; tiles [CO, (tap, c)].
 
     The pixels are shared among programs, STEPS blocks each; their parts lie `total` apart in `out`.
     Of one part, the dw of all tasks come first, then the db.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _LIMIT = 2**31 - 2**16  # what is counted in 32 bits, with room for the last tile
 _GRID_YZ = 65535  # CUDA's limit of a grid's second and third axis
-_PROGRAMS = 512  # that a weight gradient is split into: about four for every multiprocessor
+_PROGRAMS = 512  # that a long sum is split into, if it can be: about four for a multiprocessor
 _SPLITS = 64  # and no more partial results than this
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -70,7 +70,8 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
         return "ieee"
     # What torch.backends.cudnn.allow_tf32 sets; that itself raises if convolutions and RNNs differ.
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switch == "tf32" else "ieee"
 
 
 def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:

@@ -23,11 +23,15 @@ def _place(P, C, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constex
 
 
 @triton.jit
-def _channel(values, at, ok, default, ACC: tl.constexpr):
+def _channel(
+    values, at, ok, default: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """The values of this program's channels, `[1, BLOCK_C]`; `default` where there are none."""
-    if values is None:
-        return tl.zeros(at.shape, dtype=ACC) + default
-    return tl.load(values + at, mask=ok, other=0.0).to(ACC)
+    if values is None:  # no early return: Triton would compile what follows
+        b_values = tl.full([1, BLOCK_C], default, ACC)
+    else:
+        b_values = tl.load(values + at, mask=ok, other=0.0).to(ACC)
+    return b_values
 
 
 @triton.jit
@@ -91,7 +95,7 @@ def normalise_kernel(
     EPS: tl.constexpr, RELU: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = relu?((x − mean) rstd γ + β), with the chunks' statistics merged as Chan et al. do."""
+    """`y = relu?((x − mean) rstd γ + β)`, the chunks' statistics merged as Chan et al. do."""
     task, c, at, start, first = _place(P, C, STEPS, BLOCK_P, BLOCK_C)
     left = P - tl.arange(0, CHUNKS)[:, None] * (STEPS * BLOCK_P)
     counts = tl.maximum(tl.minimum(left, STEPS * BLOCK_P), 0).to(ACC)
@@ -101,8 +105,8 @@ def normalise_kernel(
     between = tl.sum(counts * (means - mean) * (means - mean), axis=0)[None, :]
     mean += tl.load(x + task * P * C + c, mask=c < C, other=0.0).to(ACC)
     rstd = tl.rsqrt((_total(parts, 1, 2, task, c, C, CHUNKS) + between) / n + EPS)
-    gamma = _channel(weight, at, c < C, 1.0, ACC)
-    beta = _channel(bias, at, c < C, 0.0, ACC)
+    gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
+    beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)[:, None]
     for step in range(STEPS):
         p = step * BLOCK_P + rows
@@ -137,8 +141,10 @@ def backward_sums_kernel(
 ):  # fmt: skip
     """Per chunk: Σ dz and Σ dz x̂."""
     task, c, at, start, first = _place(P, C, STEPS, BLOCK_P, BLOCK_C)
-    mu, r = _channel(mean, at, c < C, 0.0, ACC), _channel(rstd, at, c < C, 0.0, ACC)
-    gamma, beta = _channel(weight, at, c < C, 1.0, ACC), _channel(bias, at, c < C, 0.0, ACC)
+    mu = _channel(mean, at, c < C, 0.0, ACC, BLOCK_C)
+    r = _channel(rstd, at, c < C, 0.0, ACC, BLOCK_C)
+    gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
+    beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)[:, None]
     s1 = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     s2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
@@ -158,10 +164,12 @@ def backward_kernel(
     RELU: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Dx = γ r (dz − s1/n − x̂ s2/n), dγ = s2 = Σ dz x̂, dβ = s1 = Σ dz."""
+    """`dx = γ r (dz − s1/n − x̂ s2/n)`, `dγ = s2 = Σ dz x̂`, `dβ = s1 = Σ dz`."""
     task, c, at, start, first = _place(P, C, STEPS, BLOCK_P, BLOCK_C)
-    mu, r = _channel(mean, at, c < C, 0.0, ACC), _channel(rstd, at, c < C, 0.0, ACC)
-    gamma, beta = _channel(weight, at, c < C, 1.0, ACC), _channel(bias, at, c < C, 0.0, ACC)
+    mu = _channel(mean, at, c < C, 0.0, ACC, BLOCK_C)
+    r = _channel(rstd, at, c < C, 0.0, ACC, BLOCK_C)
+    gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
+    beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
     n = tl.full([1, 1], 0, ACC) + P
     s1 = _total(parts, 0, 2, task, c, C, CHUNKS)
     s2 = _total(parts, 1, 2, task, c, C, CHUNKS)
@@ -185,8 +193,10 @@ def double_backward_sums_kernel(
 ):  # fmt: skip
     """Per chunk: Σ dz, Σ dz x̂, Σ a, Σ a x̂ and Σ a dz."""
     task, c, at, start, first = _place(P, C, STEPS, BLOCK_P, BLOCK_C)
-    mu, r = _channel(mean, at, c < C, 0.0, ACC), _channel(rstd, at, c < C, 0.0, ACC)
-    gamma, beta = _channel(weight, at, c < C, 1.0, ACC), _channel(bias, at, c < C, 0.0, ACC)
+    mu = _channel(mean, at, c < C, 0.0, ACC, BLOCK_C)
+    r = _channel(rstd, at, c < C, 0.0, ACC, BLOCK_C)
+    gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
+    beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)[:, None]
     s1 = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     s2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
@@ -218,10 +228,12 @@ def double_backward_kernel(
 ):  # fmt: skip
     """The gradient of <a, dx> + <b, dγ> + <c, dβ> in dy, x and γ; `norm.py` has the formulas."""
     task, c, at, start, first = _place(P, C, STEPS, BLOCK_P, BLOCK_C)
-    mu, r = _channel(mean, at, c < C, 0.0, ACC), _channel(rstd, at, c < C, 0.0, ACC)
-    gamma, beta = _channel(weight, at, c < C, 1.0, ACC), _channel(bias, at, c < C, 0.0, ACC)
-    b_b = _channel(b, at, c < C, 0.0, ACC)
-    b_c = _channel(cotangent_bias, at, c < C, 0.0, ACC)
+    mu = _channel(mean, at, c < C, 0.0, ACC, BLOCK_C)
+    r = _channel(rstd, at, c < C, 0.0, ACC, BLOCK_C)
+    gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
+    beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
+    b_b = _channel(b, at, c < C, 0.0, ACC, BLOCK_C)
+    b_c = _channel(cotangent_bias, at, c < C, 0.0, ACC, BLOCK_C)
     n = tl.full([1, 1], 0, ACC) + P
     s1 = _total(parts, 0, PARTS, task, c, C, CHUNKS)
     s2 = _total(parts, 1, PARTS, task, c, C, CHUNKS)
