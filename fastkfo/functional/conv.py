@@ -74,14 +74,12 @@ def conv2d(
     Source: docs/layers.md has the derivatives.
     """
     checks.operands(x=x, weight=weight, bias=bias)
-    pairs = [
-        checks.pair(name, value, least)
-        for name, value, least in (
-            ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
-        )
-    ]  # fmt: skip
-    _check_shapes(x, weight, bias, *pairs, groups)
-    return conv2d_unchecked(x, weight, bias, Window(*pairs, groups, implementation))
+    steps = checks.pair("stride", stride, 1)
+    pad = checks.pair("padding", padding, 0)
+    apart = checks.pair("dilation", dilation, 1)
+    window = Window(steps, pad, apart, groups, implementation)
+    _check_shapes(x, weight, bias, window)
+    return conv2d_unchecked(x, weight, bias, window)
 
 
 def conv2d_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -94,15 +92,8 @@ def conv2d_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None, window: Win
     return result
 
 
-def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> None:
+    groups = window.groups
     if x.dim() != 5:
         raise ValueError(f"x: expected a shape [T, N, C, H, W], got {list(x.shape)}")
     if weight.dim() != 5 or 0 in weight.shape[3:]:
@@ -125,10 +116,10 @@ def _check_shapes(
     if bias is not None and bias.shape != weight.shape[:2]:
         raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
     for axis in (0, 1):
-        size = x.shape[3 + axis] + 2 * padding[axis]
-        window = dilation[axis] * (weight.shape[3 + axis] - 1) + 1
-        if window > size:
-            raise ValueError(f"weight: expected a window of at most {size} pixels, got {window}")
+        size = x.shape[3 + axis] + 2 * window.padding[axis]
+        span = window.dilation[axis] * (weight.shape[3 + axis] - 1) + 1
+        if span > size:
+            raise ValueError(f"weight: expected a window of at most {size} pixels, got {span}")
 
 
 def _narrowed(x: Tensor, like: Tensor) -> Tensor:

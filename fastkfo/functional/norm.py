@@ -341,8 +341,8 @@ def _by_formula(
     kind = torch.float32 if x.dtype in layers.LOW else x.dtype
     # Aliases: dy may depend on x, and the derivative in x must not go through it.
     near = [None if t is None else t.view_as(t) for t in (dy, x, weight)]
-    wide = [None if t is None else t.to(kind) for t in (*near, bias)]
-    outputs = reference.batch_norm_backward(*wide, rule.eps, rule.relu)  # type: ignore[arg-type]
+    wide: Any = [None if t is None else t.to(kind) for t in (*near, bias)]
+    outputs = reference.batch_norm_backward(*wide, rule.eps, rule.relu)
     pairs = [(o, v.to(kind)) for o, v in zip(outputs, (a, b, c), strict=True) if v is not None]
     inputs = [t for t in near if t is not None and t.requires_grad]
     found = iter(

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastkfo.inner_loop.inputs import Batch, joined, parted
 from fastkfo.inner_loop.loss import PerTask
-from fastkfo.inner_loop.pieces import together
+from fastkfo.inner_loop.piece import together
 from fastkfo.inner_loop.run import Outcome, Settings, outcome
 from fastkfo.inner_loop.trees import map_tensors
 

@@ -36,7 +36,9 @@ from fastkfo.inner_loop.options import (
     refused_by_clone,
     rule_of,
 )
-from fastkfo.inner_loop.pieces import in_order, run_pieces
+from fastkfo.inner_loop.piece import in_order
+from fastkfo.inner_loop.pieces import run_pieces
+from fastkfo.inner_loop.prompt import Habit
 from fastkfo.inner_loop.remembered import Remembered
 from fastkfo.inner_loop.run import Outcome, Run, Settings, TaskLoss
 
@@ -149,7 +151,7 @@ class InnerLoop(nn.Module):
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
         self._said = False
-        self.remembered = Remembered()
+        self.remembered, self.habit = Remembered(), Habit()
         if backend == "fused" and (reason := self.why_not_fused()):
             raise Unfusable(reason).as_error()
 
@@ -356,7 +358,8 @@ class InnerLoop(nn.Module):
                 if self.backend == "fused":
                     raise refused.as_error() from refused
         leaves = self.leaves(batch, weights)
-        return run_pieces(settings, leaves, batch, tasks, size, self.chunk_size is not None)
+        again = self.chunk_size is not None
+        return run_pieces(settings, leaves, batch, tasks, size, self.habit, again)
 
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
         if (reason := self.own_step()) is not None:

@@ -105,7 +105,7 @@ def _relu(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 def _relu_call(mode: Interception, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     call = None if inplace else mode.norms.of(input)
     if call is None:
-        return func(input, True) if inplace else func(input)  # type: ignore[no-any-return]
+        return func(input, True) if inplace else func(input)
     mode.note("F.relu", "differentiated together with the batch norm before it")
     if is_batchedtensor(input):
         return forms.out_of_vmap(call.rectified, input)
@@ -126,6 +126,19 @@ def _layer(form: Any) -> Callable[..., Any]:
     return handler
 
 
+def _mean(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return _mean_call(func, *args, **kwargs)
+
+
+def _mean_call(func: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Any:
+    """The mean of pixels as a sum: a mean's own derivative writes every pixel twice."""
+    axes = dim if isinstance(dim, (list, tuple)) else ()
+    pixels = input.dim() == 4 and sorted(d % 4 for d in axes) == [2, 3]
+    if kw or not pixels or input.dtype not in (torch.float32, torch.float64):
+        return func(input, dim, keepdim, **kw) if dim is not None else func(input, **kw)
+    return input.sum(dim, keepdim) / (input.shape[2] * input.shape[3])
+
+
 def _view(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x, *sizes = args
     if kwargs or x.dim() < 3 or any([isinstance(s, torch.dtype) for s in sizes]):
@@ -144,6 +157,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _layer(forms.conv2d),
     F.max_pool2d: _layer(forms.max_pool2d),
     F.avg_pool2d: _layer(forms.avg_pool2d),
+    Tensor.mean: _mean,
+    torch.mean: _mean,
     Tensor.view: _view,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _attention,

@@ -224,7 +224,12 @@ class _Adjoint(_Backwards):
         return _Gradient(theta, g)
 
 
-def pulled(outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def pulled(
+    outputs: Sequence[Any],
+    cotangents: Sequence[Any],
+    inputs: Sequence[Any],
+    differentiable: bool = False,
+) -> list[Any]:
     """Vector-Jacobian products; None for an input that nothing depends on or that wants none."""
     pairs = [
         (x, c)
@@ -235,7 +240,13 @@ def pulled(outputs: Sequence[Any], cotangents: Sequence[Any], inputs: Sequence[A
     if not pairs or not wanted:
         return [None] * len(inputs)
     found = iter(
-        torch.autograd.grad([x for x, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True)
+        torch.autograd.grad(
+            [x for x, _ in pairs],
+            wanted,
+            [c for _, c in pairs],
+            create_graph=differentiable,
+            allow_unused=True,
+        )
     )
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 

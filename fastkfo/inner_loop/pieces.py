@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,34 +12,24 @@ from torch.autograd import Function
 from fastkfo.inner_loop.ambience import Ambience
 from fastkfo.inner_loop.buffers import TaskBuffers
 from fastkfo.inner_loop.inputs import Batch
-from fastkfo.inner_loop.leaves import Layout, Leaves
-from fastkfo.inner_loop.memory import (
-    Recomputed,
-    added,
-    check_differentiated_once,
-    pulled,
-    repeating,
-)
+from fastkfo.inner_loop.leaves import Leaves
+from fastkfo.inner_loop.memory import check_differentiated_once, pulled, repeating
+from fastkfo.inner_loop.piece import Piece, Sums, together, whole
+from fastkfo.inner_loop.prompt import Habit, Prompt, Stray
 from fastkfo.inner_loop.run import Outcome, Run, Settings
-from fastkfo.inner_loop.trees import map_tensors
-from fastkfo.inner_loop.walk import Walk, unrolled
 
-
-class Piece(NamedTuple):
-    """Tasks that run together."""
-
-    begin: int
-    end: int
-    run: Run
-
-    def leaves(self, leaves: Leaves) -> Leaves:
-        """The arguments, with these tasks' data."""
-        return leaves._replace(data=[x[self.begin : self.end] for x in leaves.data])
+Found = tuple[Outcome, list[list[TaskBuffers]]]
 
 
 def run_pieces(
-    settings: Settings, leaves: Leaves, batch: Batch, tasks: int, size: int, again: bool
-) -> tuple[Outcome, list[list[TaskBuffers]]]:
+    settings: Settings,
+    leaves: Leaves,
+    batch: Batch,
+    tasks: int,
+    size: int,
+    habit: Habit,
+    again: bool,
+) -> Found:
     """Run T tasks, `size` at a time.
 
     Args:
@@ -48,50 +38,61 @@ def run_pieces(
         batch: the tasks.
         tasks: T.
         size: how many run together.
+        habit: whether gradients may be computed with the losses.
         again: whether pieces keep nothing for the meta-gradient and run again instead.
 
     Returns:
         What came of it, and every piece's buffers, not committed yet.
     """
-    weighted = bool(leaves.weights)
-    ranges = [(begin, min(begin + size, tasks)) for begin in range(0, tasks, size)]
-    # Each is made in its turn: it begins with the buffers that the one before has left.
-    turns = (Piece(b, e, Run(settings, batch, e - b, weighted)) for b, e in ranges)
-    pieces: list[Piece] = []
     graph = torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want())
-    if graph and again and len(ranges) > 1:
-        box: list[Outcome] = []
-        loss = Chunked.apply(turns, pieces, box, leaves.shape(), *leaves.flat())
-        found = box[0]._replace(loss=loss)
-    else:
-        outcomes = []
-        for piece in turns:
-            pieces.append(piece)
-            outcomes.append(_piece(piece, leaves, graph))
-        found = together(outcomes)
-    return found, [piece.run.buffers for piece in pieces]
+    if graph and not again and not settings.each and size == tasks:
+        prompt = habit.size(batch, tasks, settings.memory)
+        if prompt < tasks:
+            try:
+                return _by(Prompt, (habit,), settings, leaves, batch, tasks, prompt)
+            except Stray:
+                habit.why_not = "a loss depends on tensors that are no arguments of the inner loop"
+    if graph and again and size < tasks:
+        return _by(Chunked, (), settings, leaves, batch, tasks, size)
+    outcomes, pieces = [], []
+    for piece in _turns(settings, leaves, batch, tasks, size):
+        pieces.append(piece)
+        outcomes.append(_piece(piece, leaves, graph))
+    return together(outcomes), [piece.run.buffers for piece in pieces]
+
+
+def _by(
+    function: Any,
+    options: tuple[Any, ...],
+    settings: Settings,
+    leaves: Leaves,
+    batch: Batch,
+    tasks: int,
+    size: int,
+) -> Found:
+    """Through an autograd Function, which adds its pieces and their outcome to lists."""
+    turns = _turns(settings, leaves, batch, tasks, size)
+    pieces: list[Piece] = []
+    box: list[Outcome] = []
+    loss = function.apply(turns, pieces, box, *options, leaves.shape(), *leaves.flat())
+    return box[0]._replace(loss=loss), [piece.run.buffers for piece in pieces]
+
+
+def _turns(
+    settings: Settings, leaves: Leaves, batch: Batch, tasks: int, size: int
+) -> Iterator[Piece]:
+    """Piece after piece, each made in its turn: with the buffers that the one before has left."""
+    weighted = bool(leaves.weights)
+    for begin in range(0, tasks, size):
+        end = min(begin + size, tasks)
+        yield Piece(begin, end, Run(settings, batch, end - begin, weighted))
 
 
 def _piece(piece: Piece, leaves: Leaves, graph: bool) -> Outcome:
     with torch.set_grad_enabled(graph):
         found = whole(piece.run, piece.leaves(leaves), graph)
-    for buffers in piece.run.buffers:
-        buffers.write_back()
+    piece.finish()
     return found
-
-
-def whole(run: Run, leaves: Leaves, graph: bool) -> Outcome:
-    """A run from its arguments, features included, in its memory mode."""
-    batch = run.featured(leaves)
-    inner = leaves._replace(features=[], data=batch.tensors())
-    if not graph:
-        return Walk(run, inner, batch, keep=False).outcome
-    if run.settings.memory == "full":
-        return unrolled(run, inner, batch)[0]
-    loss = Recomputed.apply(run, Layout(batch), inner.shape(), *inner.flat())
-    found, run.outcome = run.outcome, None
-    assert found is not None
-    return found._replace(loss=loss)
 
 
 class Chunked(Function):
@@ -127,54 +128,15 @@ class Chunked(Function):
         """Piece after piece."""
         check_differentiated_once("chunk_size")
         nothing = (None,) * 4
-        shape, count = ctx.shape, len(ctx.needs_input_grad) - 4
         if cotangent is None:
-            return (*nothing, *[None] * count)
-        leaves = shape.like(ctx.saved_tensors)
-        shared: list[Any] = [None] * (count - len(shape.data))
-        rows: list[list[Any]] = [[] for _ in shape.data]
+            return (*nothing, *[None] * (len(ctx.needs_input_grad) - 4))
+        leaves = ctx.shape.like(ctx.saved_tensors)
+        sums = Sums(leaves)
         for piece, before in zip(ctx.pieces, ctx.before, strict=True):
-            own = piece.leaves(leaves)
-            wants = [*own.want()[: len(shared)], *[x.requires_grad for x in leaves.data]]
-            own = own.like(
-                [x.detach().requires_grad_(w) for x, w in zip(own.flat(), wants, strict=True)]
-            )
+            own = piece.cut(leaves)
             with before.again(), torch.enable_grad(), repeating(piece.run):
                 loss = whole(piece.run, own, graph=True).loss
                 found = pulled([loss], [cotangent[piece.begin : piece.end]], own.flat())
             piece.run.step.forget()
-            shared = added(shared, found[: len(shared)])
-            for of_tensor, x, like in zip(rows, found[len(shared) :], own.data, strict=True):
-                of_tensor.append(torch.zeros_like(like) if x is None else x)
-        data = [
-            torch.cat(of_tensor) if x.requires_grad else None
-            for of_tensor, x in zip(rows, leaves.data, strict=True)
-        ]
-        return (*nothing, *shared, *data)
-
-
-def together(outcomes: Sequence[Outcome]) -> Outcome:
-    """The outcome of all tasks from those of the pieces."""
-    if len(outcomes) == 1:
-        return outcomes[0]
-    losses, predictions, support, finite = zip(*outcomes, strict=True)
-    return Outcome(
-        None if losses[0] is None else torch.cat(losses),
-        map_tensors(lambda *parts: torch.cat(parts), *predictions),
-        torch.cat(support),
-        torch.cat(finite),
-    )
-
-
-def in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
-    """The outcome of tasks of unlike shapes: their predictions are a list."""
-    predictions = [
-        map_tensors(lambda x: x[k], part.predictions)  # noqa: B023
-        for part in found
-        for k in range(len(part.finite))
-    ]
-    joined = together([part._replace(predictions=None) for part in found])
-    if order is None:
-        return joined._replace(predictions=predictions)
-    loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
-    return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]
+            sums.add(found, own)
+        return (*nothing, *sums.all())

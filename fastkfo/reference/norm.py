@@ -1,7 +1,7 @@
 """Batch norm on batch statistics and layer norm, for T tasks at once.
 
-The derivatives of batch norm, with `x̂ = (x − mean) r`, `r = 1/√(var + eps)`, `z = γ x̂ + β`, all sums
-over the n samples and pixels of a task's channel, and `dz = dy [z > 0]` where ReLU follows:
+The derivatives of batch norm, with `x̂ = (x − mean) r`, `r = 1/√(var + eps)`, `z = γ x̂ + β`, all
+sums over the n samples and pixels of a task's channel, and `dz = dy [z > 0]` where ReLU follows:
 
     dβ = s1 = Σ dz      dγ = s2 = Σ dz x̂      dx = γ r (dz − s1/n − x̂ s2/n)
 
