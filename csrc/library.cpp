@@ -62,6 +62,16 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool relu) -> "
       "(Tensor, Tensor, Tensor)");
 
+  // The same three of layer norm: x [T, R, D] over D, weight and bias [T, D], mean and rstd [T, R].
+  m.def(
+      "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_double_backward(Tensor a, Tensor? b, Tensor? c, Tensor dy, Tensor x, "
+      "Tensor mean, Tensor rstd, Tensor? weight) -> (Tensor, Tensor, Tensor)");
+
   // Pooling of images [T, N, H, W, C] to `size`. `where` (int32) is the pixel of each maximum,
   // h * W + w; scatter sends cotangents there, gather reads there. divisor 0: none is given.
   m.def(

@@ -84,6 +84,16 @@ struct BatchNorm {
   }
 };
 
+// Layer norm of one task: rows of `size` numbers; mean and rstd one per row, the others per place.
+template <class S>
+struct LayerNorm {
+  int64_t rows, size;
+  double eps;
+  const S *x, *weight, *bias;
+  const S *dy, *a, *b, *c;  // the cotangents of y, dx, d_weight and d_bias
+  S *mean, *rstd, *y, *dx, *d_weight, *d_bias, *d_dy;
+};
+
 // Windows over images [H, W, C]. The last three are of averages.
 struct Pooling {
   int64_t size[2], out_size[2], channels;
@@ -108,6 +118,9 @@ struct LayerKernels {
   void (*batch_norm)(const BatchNorm<S>&);                  // to mean, rstd, y
   void (*batch_norm_backward)(const BatchNorm<S>&);         // to dx, d_weight, d_bias
   void (*batch_norm_double_backward)(const BatchNorm<S>&);  // to d_dy, dx, d_weight
+  void (*layer_norm)(const LayerNorm<S>&);
+  void (*layer_norm_backward)(const LayerNorm<S>&);
+  void (*layer_norm_double_backward)(const LayerNorm<S>&);
   // Of one image. `where` holds the pixel of each maximum.
   void (*max_pool)(const Pooling&, const S* x, S* y, int32_t* where);
   void (*max_pool_scatter)(const Pooling&, const S* dy, const int32_t* where, S* dx);

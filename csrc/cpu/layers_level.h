@@ -12,6 +12,7 @@
 #include "cpu/conv_outer.h"
 #include "cpu/conv_products.h"
 #include "cpu/norm_batch.h"
+#include "cpu/norm_rows.h"
 #include "cpu/pool_windows.h"
 
 namespace fastkfo::cpu {
@@ -33,6 +34,9 @@ LayerKernels<S> all() {
           batch_norm_channels<S, Pass::forward>,
           batch_norm_channels<S, Pass::backward>,
           batch_norm_channels<S, Pass::double_backward>,
+          layer_norm<S>,
+          layer_norm_backward<S>,
+          layer_norm_double_backward<S>,
           max_pool<S>,
           max_pool_scatter<S>,
           max_pool_gather<S>,

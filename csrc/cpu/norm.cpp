@@ -1,5 +1,5 @@
-// Batch norm of T tasks, x [T, P, C]: norm_batch.h has the kernels, fastkfo/reference/norm.py the
-// formulas.
+// Batch norm of T tasks, x [T, P, C], and layer norm, x [T, R, D]: norm_batch.h and norm_rows.h
+// have the kernels, fastkfo/reference/norm.py the formulas.
 #include <tuple>
 
 #include "common.h"
@@ -81,6 +81,27 @@ BatchNorm<T> operands(const Shape& s, const Tensor& x, const std::optional<Tenso
   return n;
 }
 
+// Layer norm of every task; the statistics lie per row, weight and bias per place.
+template <class T>
+void run(const Shape& s, const LayerNorm<T>& whole, void (*pass)(const LayerNorm<T>&)) {
+  const int64_t size = s.channels, cost = s.rows * size * kOperationsPerNumber;
+  parallel_units(std::vector<int64_t>(s.tasks, cost), [&](int64_t task) {
+    LayerNorm<T> n = whole;
+    n.rows = s.rows, n.size = size;
+    for (const T** p : {&n.x, &n.dy, &n.a})
+      if (*p) *p += task * s.rows * size;
+    for (T** p : {&n.y, &n.dx, &n.d_dy})
+      if (*p) *p += task * s.rows * size;
+    for (const T** p : {&n.weight, &n.bias, &n.b, &n.c})
+      if (*p) *p += task * size;
+    for (T** p : {&n.d_weight, &n.d_bias})
+      if (*p) *p += task * size;
+    for (T** p : {&n.mean, &n.rstd})
+      if (*p) *p += task * s.rows;
+    pass(n);
+  });
+}
+
 template <class F>
 auto by_dtype(const Tensor& x, const F& run) {
   switch (x.scalar_type()) {
@@ -147,10 +168,71 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
   return {d_dy, dx, d_weight};
 }
 
+std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, double eps) {
+  const Shape s = shape_of(x);
+  const int64_t sizes[] = {s.tasks, s.rows};
+  Tensor y = empty_shaped_like(x), mean = empty(x, sizes, 2), rstd = empty(x, sizes, 2);
+  by_dtype(x, [&](auto one) {
+    using T = decltype(one);
+    LayerNorm<T> n{};
+    n.eps = eps;
+    n.x = data_of<T>(x, x, x.numel(), "x");
+    n.weight = data_of<T>(weight, x, s.tasks * s.channels, "weight");
+    n.bias = data_of<T>(bias, x, s.tasks * s.channels, "bias");
+    n.y = out<T>(y), n.mean = out<T>(mean), n.rstd = out<T>(rstd);
+    run(s, n, layer_kernels<T>().layer_norm);
+  });
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tensor mean,
+                                                       Tensor rstd, std::optional<Tensor> weight) {
+  const Shape s = shape_of(x);
+  const int64_t sizes[] = {s.tasks, s.channels};
+  Tensor dx = empty_shaped_like(x), d_weight = empty(x, sizes, 2), d_bias = empty(x, sizes, 2);
+  by_dtype(x, [&](auto one) {
+    using T = decltype(one);
+    LayerNorm<T> n{};
+    n.x = data_of<T>(x, x, x.numel(), "x"), n.dy = data_of<T>(dy, x, x.numel(), "dy");
+    n.weight = data_of<T>(weight, x, s.tasks * s.channels, "weight");
+    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.rows, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.rows, "rstd"));
+    n.dx = out<T>(dx), n.d_weight = out<T>(d_weight), n.d_bias = out<T>(d_bias);
+    run(s, n, layer_kernels<T>().layer_norm_backward);
+  });
+  return {dx, d_weight, d_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(Tensor a, std::optional<Tensor> b,
+                                                              std::optional<Tensor> c, Tensor dy,
+                                                              Tensor x, Tensor mean, Tensor rstd,
+                                                              std::optional<Tensor> weight) {
+  const Shape s = shape_of(x);
+  const int64_t sizes[] = {s.tasks, s.channels}, places = s.tasks * s.channels;
+  Tensor d_dy = empty_shaped_like(x), dx = empty_shaped_like(x), d_weight = empty(x, sizes, 2);
+  by_dtype(x, [&](auto one) {
+    using T = decltype(one);
+    LayerNorm<T> n{};
+    n.x = data_of<T>(x, x, x.numel(), "x"), n.dy = data_of<T>(dy, x, x.numel(), "dy");
+    n.a = data_of<T>(a, x, x.numel(), "a");
+    n.b = data_of<T>(b, x, places, "b"), n.c = data_of<T>(c, x, places, "c");
+    n.weight = data_of<T>(weight, x, places, "weight");
+    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.rows, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.rows, "rstd"));
+    n.d_dy = out<T>(d_dy), n.dx = out<T>(dx), n.d_weight = out<T>(d_weight);
+    run(s, n, layer_kernels<T>().layer_norm_double_backward);
+  });
+  return {d_dy, dx, d_weight};
+}
+
 }  // namespace fastkfo::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastkfo, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&fastkfo::cpu::batch_norm));
   m.impl("batch_norm_backward", TORCH_BOX(&fastkfo::cpu::batch_norm_backward));
+  m.impl("layer_norm", TORCH_BOX(&fastkfo::cpu::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&fastkfo::cpu::layer_norm_backward));
+  m.impl("layer_norm_double_backward", TORCH_BOX(&fastkfo::cpu::layer_norm_double_backward));
   m.impl("batch_norm_double_backward", TORCH_BOX(&fastkfo::cpu::batch_norm_double_backward));
 }

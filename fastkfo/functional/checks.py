@@ -71,6 +71,34 @@ def operands(**tensors: object) -> None:
             )
 
 
+def norm_operands(x: object, weight: object, bias: object, eps: object) -> None:
+    """Raise unless x, weight and bias are operands of a norm, and eps is a number of at least 0.
+
+    Raises:
+        TypeError: one is no floating-point tensor, or has another dtype than x (of x in half
+            precision, weight and bias may be float32).
+        ValueError: one is on another device, or eps is negative or not finite.
+    """
+    floating_tensor("x", x)
+    assert isinstance(x, Tensor)
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if isinstance(t, Tensor) and low and t.dtype == torch.float32:
+            operands(x=x.float(), **{name: t})
+        else:
+            operands(x=x, **{name: t})
+    finite("eps", eps)
+    if eps < 0:  # type: ignore[operator]
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def shapes(expected: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raise ValueError unless tensors, but for those that are None, have a shape."""
+    for name, x in tensors.items():
+        if x is not None and tuple(x.shape) != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
+
+
 def pair(name: str, value: object, least: int) -> tuple[int, int]:
     """Two ints of at least `least`, given as one or as two."""
     both = (value, value) if isinstance(value, int) else value

@@ -113,8 +113,7 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window
         raise ValueError(
             f"weight: expected {channels // groups} channels per group, got {weight.shape[2]}"
         )
-    if bias is not None and bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias: expected shape {list(weight.shape[:2])}, got {list(bias.shape)}")
+    checks.shapes(tuple(weight.shape[:2]), bias=bias)
     for axis in (0, 1):
         size = x.shape[3 + axis] + 2 * window.padding[axis]
         span = window.dilation[axis] * (weight.shape[3 + axis] - 1) + 1

@@ -74,20 +74,10 @@ def batch_norm(
 
     Source: Ioffe, Szegedy 2015; docs/layers.md has the derivatives.
     """
-    checks.floating_tensor("x", x)
-    wide = x.float() if x.dtype in layers.LOW else x
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            checks.operands(x=wide if getattr(t, "dtype", None) == wide.dtype else x, **{name: t})
+    checks.norm_operands(x, weight, bias, eps)
     if x.dim() not in (3, 5):
         raise ValueError(f"x: expected a shape [T, N, C] or [T, N, C, H, W], got {list(x.shape)}")
-    expected = (x.shape[0], x.shape[2])
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(t.shape)}")
-    checks.finite("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    checks.shapes((x.shape[0], x.shape[2]), weight=weight, bias=bias)
     values = x.shape[1] * x.shape[3:].numel()
     if values < 2 and x.numel() > 0:
         raise ValueError(f"x: expected more than one value per channel, got shape {list(x.shape)}")
@@ -185,12 +175,6 @@ def _shaped(rows: Tensor, x: Tensor) -> Tensor:
     return layers.channels_first(rows.view(tasks, samples, height, width, channels))
 
 
-def _parameters(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Per-channel operands without gaps, in the precision that statistics have."""
-    kind = torch.float32 if x.dtype in layers.LOW else x.dtype
-    return [None if t is None else t.to(kind).contiguous() for t in tensors]
-
-
 @with_eager_form
 class BatchNorm(Function):
     """y, mean and 1/√(var + eps); the latter two are constants."""
@@ -199,7 +183,7 @@ class BatchNorm(Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operands = (_rows(x), *_parameters(x, weight, bias), rule.eps, rule.relu)
+        operands = (_rows(x), *layers.parameters(x, weight, bias), rule.eps, rule.relu)
         y, mean, rstd = layers.run(rule.implementation, "batch_norm", *operands)
         return _shaped(y, x), mean, rstd
 
@@ -274,7 +258,7 @@ class BatchNormBackward(Function):
         rstd: Tensor,
         rule: Rule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operands = (_rows(dy), _rows(x), mean, rstd, *_parameters(x, weight, bias), rule.relu)
+        operands = (_rows(dy), _rows(x), mean, rstd, *layers.parameters(x, weight, bias), rule.relu)
         dx, d_weight, d_bias = layers.run(rule.implementation, "batch_norm_backward", *operands)
         like = weight if weight is not None else d_weight
         return _shaped(dx, x), d_weight.to(like.dtype), d_bias.to(like.dtype)
@@ -293,11 +277,16 @@ class BatchNormBackward(Function):
         if a is None and b is None and c is None:
             return (None,) * 7
         a = torch.zeros_like(x) if a is None else a
-        tensors = (a, b, c, dy, x, weight, bias)
         if torch.is_grad_enabled():
-            d_dy, dx, d_weight = _by_formula(*tensors, ctx.rule)
+            eps, relu = ctx.rule.eps, ctx.rule.relu
+            d_dy, dx, d_weight = reference.vjp(
+                lambda dy, x, w: reference.batch_norm_backward(dy, x, w, bias, eps, relu),
+                (dy, x, weight),
+                (a, b, c),
+            )
         else:
-            d_dy, dx, d_weight = double_backward(*tensors, mean, rstd, ctx.rule)
+            tensors = (a, b, c, dy, x, weight, bias, mean, rstd)
+            d_dy, dx, d_weight = double_backward(*tensors, ctx.rule)
         need = ctx.needs_input_grad
         found = (d_dy if need[0] else None, dx if need[1] else None)
         return (*found, d_weight if need[2] else None, None, None, None, None)
@@ -321,34 +310,13 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of dy, x and weight for those, a, b, c, of dx, d_weight, d_bias."""
     images = (_rows(dy), _rows(x), mean, rstd)
-    operands = (_rows(a), *_parameters(x, b, c), *images, *_parameters(x, weight, bias), rule.relu)
+    operands = (
+        _rows(a),
+        *layers.parameters(x, b, c),
+        *images,
+        *layers.parameters(x, weight, bias),
+        rule.relu,
+    )
     d_dy, dx, d_weight = layers.run(rule.implementation, "batch_norm_double_backward", *operands)
     like = weight if weight is not None else d_weight
     return _shaped(d_dy, x), _shaped(dx, x), d_weight.to(like.dtype)
-
-
-def _by_formula(
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rule: Rule,
-) -> tuple[Tensor | None, ...]:
-    """The same, differentiable."""
-    kind = torch.float32 if x.dtype in layers.LOW else x.dtype
-    # Aliases: dy may depend on x, and the derivative in x must not go through it.
-    near = [None if t is None else t.view_as(t) for t in (dy, x, weight)]
-    wide: Any = [None if t is None else t.to(kind) for t in (*near, bias)]
-    outputs = reference.batch_norm_backward(*wide, rule.eps, rule.relu)
-    pairs = [(o, v.to(kind)) for o, v in zip(outputs, (a, b, c), strict=True) if v is not None]
-    inputs = [t for t in near if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [v for _, v in pairs], create_graph=True,
-            allow_unused=True,
-        )
-    )  # fmt: skip
-    return tuple([next(found) if t is not None and t.requires_grad else None for t in near])

@@ -23,6 +23,8 @@ from torch._C._functorch import (
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from fastkfo.functional import checks, conv, norm, pool
+from fastkfo.functional.layer_norm import layer_norm_unchecked
+from fastkfo.functional.linear import linear_unchecked
 from fastkfo.inner_loop.buffers import TaskBuffers
 from fastkfo.kernels import layers, selector
 from fastkfo.reference import norm as reference
@@ -115,6 +117,44 @@ def _conv2d(options: dict[str, Any], *tensors: Tensor | None) -> Tensor:
     weight = weight.expand(tasks, *weight.shape[1:])
     bias = None if bias is None else bias.expand(tasks, -1)
     return conv.conv2d(x, weight, bias, **options)
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Form, tuple[Tensor | None, ...]] | Declined:
+    """F.linear's form, unless a task has a single row."""
+    if input.dim() < 2:
+        return None, (input,)
+    return _linear, (input, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias_rows = 1 if bias is None else bias.shape[0]
+    if len(weight) == 1 and bias_rows == 1:
+        return F.linear(x, weight[0], None if bias is None else bias[0])
+    weight = weight.expand(len(x), *weight.shape[1:])
+    return linear_unchecked(x, weight, None if bias is None else bias.expand(len(x), -1))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Form, tuple[Tensor | None, ...]] | Declined:
+    """F.layer_norm's form, if all is of one precision."""
+    others = [t for t in (weight, bias) if t is not None]
+    rank = len(normalized_shape)
+    if any([t.dtype != input.dtype for t in others]) or input.dim() <= rank:
+        return None, (input,)
+
+    def form(x: Tensor, *affine: Tensor | None) -> Tensor:
+        rows = [None if t is None else t.flatten(1).expand(len(x), -1) for t in affine]
+        y = layer_norm_unchecked(x.flatten(-rank), *rows, eps)  # type: ignore[arg-type]
+        return y.reshape(x.shape)
+
+    return form, (input, weight, bias)
 
 
 def max_pool2d(

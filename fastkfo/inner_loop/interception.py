@@ -139,6 +139,17 @@ def _mean_call(func: Any, input: Tensor, dim: Any = None, keepdim: bool = False,
     return input.sum(dim, keepdim) / (input.shape[2] * input.shape[3])
 
 
+def _adaptive(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return _adaptive_call(func, *args, **kwargs)
+
+
+def _adaptive_call(func: Any, input: Tensor, output_size: Any) -> Any:
+    one = output_size == 1 or (isinstance(output_size, (list, tuple)) and set(output_size) == {1})
+    if not one or input.dim() != 4:
+        return func(input, output_size)
+    return _mean_call(torch.mean, input, (2, 3), True)
+
+
 def _view(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x, *sizes = args
     if kwargs or x.dim() < 3 or any([isinstance(s, torch.dtype) for s in sizes]):
@@ -155,6 +166,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     Tensor.relu: _relu,
     F.conv2d: _layer(forms.conv2d),
+    F.linear: _layer(forms.linear),
+    F.layer_norm: _layer(forms.layer_norm),
+    F.adaptive_avg_pool2d: _adaptive,
     F.max_pool2d: _layer(forms.max_pool2d),
     F.avg_pool2d: _layer(forms.avg_pool2d),
     Tensor.mean: _mean,

@@ -26,6 +26,11 @@ def register() -> None:
             _negative.impl(name, partial(_without_negative_views, name), "Negative")
         for name in (
             "gram", "gram_vjp", "gram_jvp", "cross_entropy", "cross_entropy_double_backward",
+            "conv2d", "conv2d_input", "conv2d_weight",
+            "batch_norm", "batch_norm_backward", "batch_norm_double_backward",
+            "layer_norm", "layer_norm_backward", "layer_norm_double_backward",
+            "max_pool2d", "max_pool2d_scatter", "max_pool2d_gather",
+            "avg_pool2d", "avg_pool2d_backward",
             "inner_loop_forward", "inner_loop_gradient", "inner_loop_backward",
         ):  # fmt: skip
             torch.library.register_fake(f"fastkfo::{name}", globals()[f"_{name}"])
@@ -98,6 +103,78 @@ def _cross_entropy(logits, labels):  # type: ignore[no-untyped-def]
 
 def _cross_entropy_double_backward(v, cotangent, p, residual):  # type: ignore[no-untyped-def]
     return p.new_empty(p.shape[:1]), p.new_empty(p.shape)
+
+
+def _conv2d(x, weight, bias, x2, weight2, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[2:4], weight.shape[3:], stride, padding, dilation, strict=True
+        )
+    ]
+    return x.new_empty(*x.shape[:2], *sizes, weight.shape[1])
+
+
+def _conv2d_input(dy, weight, size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:2], *size, weight.shape[2] * groups)
+
+
+def _conv2d_weight(x, dy, kernel, stride, padding, dilation, groups, bias):  # type: ignore[no-untyped-def]
+    tasks, outputs = x.shape[0], dy.shape[4]
+    dw = x.new_empty(tasks, outputs, x.shape[4] // groups, *kernel)
+    return dw, x.new_empty(tasks if bias else 0, outputs)
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2])
+
+
+def _batch_norm(x, weight, bias, eps, relu):  # type: ignore[no-untyped-def]
+    return _empty(x), _channels(x), _channels(x)
+
+
+def _batch_norm_backward(dy, x, mean, rstd, weight, bias, relu):  # type: ignore[no-untyped-def]
+    return _empty(x), _channels(x), _channels(x)
+
+
+def _batch_norm_double_backward(a, b, c, dy, x, mean, rstd, weight, bias, relu):  # type: ignore[no-untyped-def]
+    return _empty(x), _empty(x), _channels(x)
+
+
+def _layer_norm(x, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return _empty(x), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+
+
+def _layer_norm_backward(dy, x, mean, rstd, weight):  # type: ignore[no-untyped-def]
+    return _empty(x), _channels(x), _channels(x)
+
+
+def _layer_norm_double_backward(a, b, c, dy, x, mean, rstd, weight):  # type: ignore[no-untyped-def]
+    return _empty(x), _empty(x), _channels(x)
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:2], *size, x.shape[4])
+
+
+def _max_pool2d(x, kernel, stride, padding, dilation, size):  # type: ignore[no-untyped-def]
+    return _resized(x, size), _resized(x, size).to(torch.int32)
+
+
+def _max_pool2d_scatter(dy, where, size, kernel, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    return _resized(dy, size)
+
+
+def _max_pool2d_gather(v, where):  # type: ignore[no-untyped-def]
+    return _resized(v, where.shape[2:4])
+
+
+def _avg_pool2d(x, kernel, stride, padding, size, include_pad, divisor):  # type: ignore[no-untyped-def]
+    return _resized(x, size)
+
+
+def _avg_pool2d_backward(dy, size, kernel, stride, padding, include_pad, divisor):  # type: ignore[no-untyped-def]
+    return _resized(dy, size)
 
 
 def _inner_loop_forward(  # type: ignore[no-untyped-def]

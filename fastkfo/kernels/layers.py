@@ -44,3 +44,9 @@ def channels_last(x: Tensor) -> Tensor:
 def channels_first(x: Tensor) -> Tensor:
     """A view of what a raw op returned, as `[T, N, C, H, W]`."""
     return x.permute(0, 1, 4, 2, 3)
+
+
+def parameters(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """A norm's other operands as the raw ops take them, in the precision that statistics have."""
+    kind = torch.float32 if x.dtype in LOW else x.dtype
+    return [None if t is None else t.to(kind).contiguous() for t in tensors]

@@ -14,6 +14,8 @@ and, for cotangents a, b, c of dx, dγ, dβ, with A1 = Σ a, A2 = Σ a x̂, A3 =
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,59 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if weight is not None:
         y = y * weight.unsqueeze(1)
     return y if bias is None else y + bias.unsqueeze(1)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dγ and dβ of `layer_norm`; differentiable in dy, x and weight.
+
+    The same as of batch norm, with `g = γ dy` in place of dy: the weight varies along a row.
+
+    Args:
+        dy: the cotangent of y, `[T, R, D]`.
+        x: likewise.
+        weight: γ, `[T, D]`, or None for one.
+        eps: is added to the variance.
+
+    Returns:
+        `[T, R, D]`, `[T, D]` and `[T, D]`.
+    """
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    r = torch.rsqrt(var + eps)
+    normal = (x - mean) * r
+    g = dy if weight is None else dy * weight.unsqueeze(1)
+    along = (g * normal).mean(-1, keepdim=True)
+    dx = r * (g - g.mean(-1, keepdim=True) - normal * along)
+    return dx, (dy * normal).sum(1), dy.sum(1)
+
+
+def vjp(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """A formula's vector-Jacobian product, differentiable again.
+
+    Args:
+        function: the formula.
+        inputs: of it. They may depend on each other; the derivative is as if they did not.
+        cotangents: of what it returns, None for zero.
+
+    Returns:
+        One per input, None where none is wanted.
+    """
+    kind = next(c.dtype for c in inputs if c is not None)
+    wide = torch.float32 if kind in (torch.bfloat16, torch.float16) else kind
+    near = [None if t is None else t.view_as(t) for t in inputs]
+    outputs = function(*[None if t is None else t.to(wide) for t in near])
+    pairs = [(o, v.to(wide)) for o, v in zip(outputs, cotangents, strict=True) if v is not None]
+    live = [t for t in near if t is not None and t.requires_grad]
+    values, directions = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(values, live, directions, create_graph=True, allow_unused=True)
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in near]
 
 
 def normalise(
