@@ -178,6 +178,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "contiguous" or x.dim() == 0:
         return x
     if layout == "channels_last":
+        if x.dim() == 5:  # tasks of images
+            return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     if layout == "offset":  # an address that no vector instruction calls aligned
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)

@@ -51,7 +51,9 @@ def test_batch_norms_attention_and_other_transforms(capsys):
     loop = fastkfo.InnerLoop(learner("cnn", "mixture"), F.cross_entropy, 1, memory="adjoint")
     text = said(capsys, loop, "cnn")
     assert "under torch.func.vmap with autograd outside" in text
-    assert "model, F.batch_norm: a formula per task" in text
+    form = "one native call for all tasks" if HAS_NATIVE else "a formula per task"
+    assert f"model, F.batch_norm: {form}" in text
+    assert ("model, F.conv2d: one native call" in text) is HAS_NATIVE
     assert "MetaCurvatureTransform" in text
     assert "memory: adjoint" in text
     loop = fastkfo.InnerLoop(learner("transformer", "none"), F.cross_entropy, 1, capture=False)

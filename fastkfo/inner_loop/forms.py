@@ -150,8 +150,8 @@ def layer_norm(
         return None, (input,)
 
     def form(x: Tensor, *affine: Tensor | None) -> Tensor:
-        rows = [None if t is None else t.flatten(1).expand(len(x), -1) for t in affine]
-        y = layer_norm_unchecked(x.flatten(-rank), *rows, eps)  # type: ignore[arg-type]
+        weight, bias = [None if t is None else t.flatten(1).expand(len(x), -1) for t in affine]
+        y = layer_norm_unchecked(x.flatten(-rank), weight, bias, eps)
         return y.reshape(x.shape)
 
     return form, (input, weight, bias)

@@ -4,7 +4,7 @@
   under differentiation (forms.py). PyTorch's derivatives of a batch norm under vmap are wrong to
   the second order, and running statistics are left to TaskBuffers.
 - attention: the math form, since the fused kernels have no second derivative.
-- `view`: a copy where results lie channels last, and cannot be viewed.
+- whatever cannot do with images that lie channels last, such as `view`: a copy.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastkfo.inner_loop import forms
 from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.inner_loop.trees import map_tensors
 
 
 class Interception(TorchFunctionMode):
@@ -43,7 +44,7 @@ class Interception(TorchFunctionMode):
         """Call `func`, or what stands for it."""
         handler = _HANDLERS.get(func)
         if handler is None:
-            return func(*args, **(kwargs or {}))
+            return _with_gaps(func, args, kwargs or {})
         return handler(self, func, args, kwargs or {})
 
     def note(self, function: str, form: str) -> None:
@@ -150,14 +151,19 @@ def _adaptive_call(func: Any, input: Tensor, output_size: Any) -> Any:
     return _mean_call(torch.mean, input, (2, 3), True)
 
 
-def _view(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    x, *sizes = args
-    if kwargs or x.dim() < 3 or any([isinstance(s, torch.dtype) for s in sizes]):
-        return func(*args, **kwargs)
+# What PyTorch says where it cannot do with images that lie channels last, under vmap or at all.
+_LAYOUT_ERRORS = ("view size is not compatible", "inside of vmap for memory_format")
+
+
+def _with_gaps(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call a function; if it wants its images in another layout, on copies."""
     try:
-        return func(*args)
-    except RuntimeError:  # channels last
-        return x.reshape(*sizes)
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if not any([reason in str(error) for reason in _LAYOUT_ERRORS]):
+            raise
+    args, kwargs = map_tensors(lambda x: x.contiguous(), (args, kwargs))
+    return func(*args, **kwargs)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -173,7 +179,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _layer(forms.avg_pool2d),
     Tensor.mean: _mean,
     torch.mean: _mean,
-    Tensor.view: _view,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _attention,
 }

@@ -32,6 +32,8 @@ def conv2d(
         `[T, N, O, H', W']`.
     """
     tasks, samples = x.shape[:2]
+    if tasks == 0 or samples == 0:  # PyTorch refuses no groups, and has no derivative of no samples
+        return _of_nothing(x, weight, bias, stride, padding, dilation)
     images = x.transpose(0, 1).flatten(1, 2)  # [N, T C, H, W]
     y = F.conv2d(
         images,
@@ -43,3 +45,17 @@ def conv2d(
         tasks * groups,
     )
     return y.reshape(samples, tasks, -1, *y.shape[2:]).transpose(0, 1)
+
+
+def _of_nothing(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """An empty result that depends on all operands."""
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[3:], weight.shape[3:], stride, padding, dilation, strict=True
+        )
+    ]
+    zero = x.sum() + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
+    return zero.expand(*x.shape[:2], weight.shape[1], *sizes)

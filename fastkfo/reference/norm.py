@@ -167,4 +167,4 @@ def per_channel(value: Tensor, x: Tensor) -> Tensor:
     if value.dim() == x.dim():
         return value
     tasks = value.shape[0] if value.dim() == 2 else 1
-    return value.reshape(tasks, 1, -1, *[1] * (x.dim() - 3))
+    return value.reshape(tasks, 1, value.shape[-1], *[1] * (x.dim() - 3))
