@@ -88,8 +88,8 @@ def conv2d_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None, window: Win
     if chosen == "reference":
         return reference.conv2d(x, weight, bias, *window[:4])
     window = window._replace(implementation=chosen)
-    result: Tensor = apply(Conv2d, x, weight, bias, None, None, window)
-    return result
+    images: Tensor = apply(Conv2d, layers.channels_last(x), weight, bias, None, None, window)
+    return layers.channels_first(images)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> None:
@@ -121,13 +121,13 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window
             raise ValueError(f"weight: expected a window of at most {size} pixels, got {span}")
 
 
-def _narrowed(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.dtype == like.dtype else x.to(like.dtype)
-
-
 @with_eager_form
 class Conv2d(Function):
-    """`x ⋆ weight + x2 ⋆ weight2 + bias`; the second pair may be missing, and so may the bias."""
+    """`x ⋆ weight + x2 ⋆ weight2 + bias`; the second pair may be missing, and so may the bias.
+
+    Images are `[T, N, H, W, C]` here, so that what is returned is no view: PyTorch does not let a
+    view that a Function has made be written to.
+    """
 
     @staticmethod
     def forward(
@@ -138,11 +138,9 @@ class Conv2d(Function):
         weight2: Tensor | None,
         window: Window,
     ) -> Tensor:
-        images = [None if t is None else layers.channels_last(t) for t in (x, x2)]
-        weights = [None if t is None else t.contiguous() for t in (weight, bias, weight2)]
-        operands = (images[0], weights[0], weights[1], images[1], weights[2])
-        y = layers.run(window.implementation, "conv2d", *operands, *window.numbers)
-        return layers.channels_first(_narrowed(y, x))
+        operands = [None if t is None else t.contiguous() for t in (x, weight, bias, x2, weight2)]
+        y: Tensor = layers.run(window.implementation, "conv2d", *operands, *window.numbers)
+        return layers.narrowed(y, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -180,17 +178,17 @@ class Conv2dBackward(Function):
         dx: Any = None
         dw: Any = None
         db: Any = None
-        rows = layers.channels_last(dy)
+        dy = dy.contiguous()
         if wanted[0]:
-            operands = (rows, weight.contiguous(), list(x.shape[3:]))
+            operands = (dy, weight.contiguous(), list(x.shape[2:4]))
             dx = layers.run(window.implementation, "conv2d_input", *operands, *window.numbers)
-            dx = layers.channels_first(_narrowed(dx, x))
+            dx = layers.narrowed(dx, x)
         if wanted[1] or wanted[2]:
-            operands = (layers.channels_last(x), rows, list(weight.shape[3:]))
+            operands = (x.contiguous(), dy, list(weight.shape[3:]))
             dw, db = layers.run(
                 window.implementation, "conv2d_weight", *operands, *window.numbers, wanted[2]
             )
-            dw, db = _narrowed(dw, weight), _narrowed(db, weight)
+            dw, db = layers.narrowed(dw, weight), layers.narrowed(db, weight)
         return dx, dw if wanted[1] else None, db if wanted[2] else None
 
     @staticmethod
@@ -234,7 +232,7 @@ def _along(
     """The derivative of a convolution along v, u and t, directions of x, weight and bias."""
     pairs = [p for p in ((v, weight), (x, u)) if p[0] is not None and p[1] is not None]
     if not pairs:
-        return None if t is None else t[:, None, :, None, None].expand_as(dy)
+        return None if t is None else t[:, None, None, None, :].expand_as(dy)
     second = pairs[1] if len(pairs) > 1 else (None, None)
     result: Tensor = apply(Conv2d, *pairs[0], t, *second, window)
     return result

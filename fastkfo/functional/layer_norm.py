@@ -72,10 +72,6 @@ def layer_norm_unchecked(
     return y.reshape(x.shape)
 
 
-def _narrow(y: Tensor, like: Tensor) -> Tensor:
-    return y if y.dtype == like.dtype else y.to(like.dtype)
-
-
 @with_eager_form
 class LayerNorm(Function):
     """y, mean and 1/√(var + eps); the latter two are constants."""
@@ -86,7 +82,7 @@ class LayerNorm(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         operands = (x.contiguous(), *layers.parameters(x, weight, bias), rule.eps)
         y, mean, rstd = layers.run(rule.implementation, "layer_norm", *operands)
-        return _narrow(y, x), mean, rstd
+        return layers.narrowed(y, x), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -121,7 +117,11 @@ class LayerNormBackward(Function):
         rows = (dy.contiguous(), x.contiguous(), mean, rstd, *layers.parameters(x, weight))
         dx, d_weight, d_bias = layers.run(rule.implementation, "layer_norm_backward", *rows)
         like = weight if weight is not None else d_weight
-        return _narrow(dx, x), _narrow(d_weight, like), _narrow(d_bias, like)
+        return (
+            layers.narrowed(dx, x),
+            layers.narrowed(d_weight, like),
+            layers.narrowed(d_bias, like),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -148,8 +148,8 @@ class LayerNormBackward(Function):
             rest = (x.contiguous(), mean, rstd, *layers.parameters(x, weight))
             run = (ctx.rule.implementation, "layer_norm_double_backward")
             d_dy, dx, d_weight = layers.run(*run, *operands, *rest)
-            d_dy, dx = _narrow(d_dy, x), _narrow(dx, x)
-            d_weight = _narrow(d_weight, weight if weight is not None else d_weight)
+            d_dy, dx = layers.narrowed(d_dy, x), layers.narrowed(dx, x)
+            d_weight = layers.narrowed(d_weight, weight if weight is not None else d_weight)
         need = ctx.needs_input_grad
         found = (d_dy if need[0] else None, dx if need[1] else None)
         return (*found, d_weight if need[2] else None, None, None, None)

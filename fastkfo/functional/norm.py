@@ -99,8 +99,8 @@ def batch_norm_unchecked(
         y, mean, var = reference.batch_norm(wide, weight, bias, eps)
         y = y.to(x.dtype)
         return BatchNormResult(torch.relu(y) if relu else y, mean.detach(), var.detach())
-    y, mean, rstd = apply(BatchNorm, x, weight, bias, Rule(eps, relu, chosen))
-    return BatchNormResult(y, mean, rstd.pow(-2) - eps)
+    y, mean, rstd = apply(BatchNorm, _rows(x), weight, bias, Rule(eps, relu, chosen))
+    return BatchNormResult(_shaped(y, x.shape), mean, rstd.pow(-2) - eps)
 
 
 def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -132,12 +132,13 @@ class Normed:
         implementation: str = "auto",
     ) -> None:
         chosen = selector.select(implementation, x.device, "layers")
-        self._rule, self._like = Rule(eps, False, chosen), x
-        rows = [None if t is None else t.expand(len(x), -1) for t in (weight, bias)]
-        self._operands = (_as_image(x), *rows)
+        self._rule, self._shape = Rule(eps, False, chosen), x.shape
+        affine = [None if t is None else t.expand(len(x), -1) for t in (weight, bias)]
+        self._operands = (_rows(x), *affine)
         y, self._mean, self._rstd = apply(BatchNorm, *self._operands, self._rule)
         self._y, self._version = y, y._version
-        self.result = BatchNormResult(self._shaped(y), self._mean, self._rstd.pow(-2) - eps)
+        var = self._rstd.pow(-2) - eps
+        self.result = BatchNormResult(_shaped(y, x.shape), self._mean, var)
 
     def untouched(self) -> bool:
         """Whether nobody has written to the result."""
@@ -147,32 +148,20 @@ class Normed:
         """ReLU of the result, whose derivatives are those of norm and ReLU in one pass."""
         rule = self._rule._replace(relu=True)
         known = (self._y.detach(), self._mean, self._rstd, rule)
-        return self._shaped(apply(Rectified, *self._operands, *known))
-
-    def _shaped(self, y: Tensor) -> Tensor:
-        """As x was."""
-        rest = self._like.shape[3:]
-        return y if len(rest) in (0, 2) else y.squeeze(4).unflatten(3, rest)
-
-
-def _as_image(x: Tensor) -> Tensor:
-    """`[T, N, C]` or `[T, N, C, H, W]`: the pixels of any other image in one column."""
-    return x if x.dim() in (3, 5) else x.flatten(3).unsqueeze(4)
+        return _shaped(apply(Rectified, *self._operands, *known), self._shape)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[T, P, C]`: a view where x lies channels last."""
-    return x.contiguous() if x.dim() == 3 else layers.channels_last(x).flatten(1, 3)
+    """`[T, N, C, ...]` as `[T, P, C]`: a view where x lies channels last."""
+    return x if x.dim() == 3 else x.movedim(2, -1).flatten(1, -2)
 
 
-def _shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows as an image of x's shape and dtype."""
-    if rows.dtype != x.dtype:
-        rows = rows.to(x.dtype)
-    if x.dim() == 3:
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """`[T, P, C]` as `[T, N, C, ...]`, a view."""
+    if len(shape) == 3:
         return rows
-    tasks, samples, channels, height, width = x.shape
-    return layers.channels_first(rows.view(tasks, samples, height, width, channels))
+    tasks, samples, channels, *rest = shape
+    return rows.view(tasks, samples, *rest, channels).movedim(-1, 2)
 
 
 @with_eager_form
@@ -183,9 +172,9 @@ class BatchNorm(Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operands = (_rows(x), *layers.parameters(x, weight, bias), rule.eps, rule.relu)
+        operands = (x.contiguous(), *layers.parameters(x, weight, bias), rule.eps, rule.relu)
         y, mean, rstd = layers.run(rule.implementation, "batch_norm", *operands)
-        return _shaped(y, x), mean, rstd
+        return layers.narrowed(y, x), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -258,10 +247,13 @@ class BatchNormBackward(Function):
         rstd: Tensor,
         rule: Rule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operands = (_rows(dy), _rows(x), mean, rstd, *layers.parameters(x, weight, bias), rule.relu)
-        dx, d_weight, d_bias = layers.run(rule.implementation, "batch_norm_backward", *operands)
+        operands = (dy.contiguous(), x.contiguous(), mean, rstd)
+        rest = (*layers.parameters(x, weight, bias), rule.relu)
+        name = "batch_norm_backward"
+        dx, d_weight, d_bias = layers.run(rule.implementation, name, *operands, *rest)
         like = weight if weight is not None else d_weight
-        return _shaped(dx, x), d_weight.to(like.dtype), d_bias.to(like.dtype)
+        d_weight, d_bias = layers.narrowed(d_weight, like), layers.narrowed(d_bias, like)
+        return layers.narrowed(dx, x), d_weight, d_bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -309,14 +301,10 @@ def double_backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of dy, x and weight for those, a, b, c, of dx, d_weight, d_bias."""
-    images = (_rows(dy), _rows(x), mean, rstd)
-    operands = (
-        _rows(a),
-        *layers.parameters(x, b, c),
-        *images,
-        *layers.parameters(x, weight, bias),
-        rule.relu,
-    )
-    d_dy, dx, d_weight = layers.run(rule.implementation, "batch_norm_double_backward", *operands)
+    cotangents = (a.contiguous(), *layers.parameters(x, b, c), dy.contiguous())
+    operands = (x.contiguous(), mean, rstd, *layers.parameters(x, weight, bias), rule.relu)
+    name = "batch_norm_double_backward"
+    d_dy, dx, d_weight = layers.run(rule.implementation, name, *cotangents, *operands)
     like = weight if weight is not None else d_weight
-    return _shaped(d_dy, x), _shaped(dx, x), d_weight.to(like.dtype)
+    narrow = layers.narrowed
+    return narrow(d_dy, x), narrow(dx, x), narrow(d_weight, like)

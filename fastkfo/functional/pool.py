@@ -71,8 +71,7 @@ def max_pool2d(
     if windows.implementation == "reference":
         geometry = (*windows[:4], ceil_mode)
         return F.max_pool2d(x.flatten(0, 1), *geometry).unflatten(0, x.shape[:2])
-    result: Tensor = apply(MaxPool2d, x, windows)[0]
-    return result
+    return layers.channels_first(apply(MaxPool2d, layers.channels_last(x), windows)[0])
 
 
 def avg_pool2d(
@@ -117,8 +116,7 @@ def avg_pool2d(
         geometry = (*windows[:3], ceil_mode, count_include_pad, divisor_override)
         return F.avg_pool2d(x.flatten(0, 1), *geometry).unflatten(0, x.shape[:2])
     windows = windows._replace(include_pad=count_include_pad, divisor=divisor_override or 0)
-    result: Tensor = apply(AvgPool2d, x, windows)
-    return result
+    return layers.channels_first(apply(AvgPool2d, layers.channels_last(x), windows))
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
@@ -161,11 +159,6 @@ def _windows(
     return Windows(kernel, steps, pad, apart, size, (counts[0], counts[1]), chosen)
 
 
-def _shaped(y: Tensor, like: Tensor) -> Tensor:
-    y = layers.channels_first(y)
-    return y if y.dtype == like.dtype else y.to(like.dtype)
-
-
 def _max_geometry(w: Windows) -> tuple[list[int], ...]:
     return list(w.kernel), list(w.stride), list(w.padding), list(w.dilation)
 
@@ -176,9 +169,9 @@ class MaxPool2d(Function):
 
     @staticmethod
     def forward(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-        operands = (layers.channels_last(x), *_max_geometry(windows), list(windows.out_size))
+        operands = (x.contiguous(), *_max_geometry(windows), list(windows.out_size))
         y, where = layers.run(windows.implementation, "max_pool2d", *operands)
-        return _shaped(y, x), where
+        return layers.narrowed(y, x), where
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -204,8 +197,9 @@ class MaxPoolScatter(Function):
 
     @staticmethod
     def forward(dy: Tensor, where: Tensor, windows: Windows) -> Tensor:
-        operands = (layers.channels_last(dy), where, list(windows.size), *_max_geometry(windows))
-        return _shaped(layers.run(windows.implementation, "max_pool2d_scatter", *operands), dy)
+        operands = (dy.contiguous(), where, list(windows.size), *_max_geometry(windows))
+        dx = layers.run(windows.implementation, "max_pool2d_scatter", *operands)
+        return layers.narrowed(dx, dy)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -227,10 +221,8 @@ class MaxPoolGather(Function):
 
     @staticmethod
     def forward(v: Tensor, where: Tensor, windows: Windows) -> Tensor:
-        found = layers.run(
-            windows.implementation, "max_pool2d_gather", layers.channels_last(v), where
-        )
-        return _shaped(found, v)
+        found = layers.run(windows.implementation, "max_pool2d_gather", v.contiguous(), where)
+        return layers.narrowed(found, v)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -258,9 +250,7 @@ class AvgPool2d(Function):
     def forward(x: Tensor, windows: Windows) -> Tensor:
         w = windows
         rest = (*_avg_geometry(w), list(w.out_size), w.include_pad, w.divisor)
-        return _shaped(
-            layers.run(w.implementation, "avg_pool2d", layers.channels_last(x), *rest), x
-        )
+        return layers.narrowed(layers.run(w.implementation, "avg_pool2d", x.contiguous(), *rest), x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -283,8 +273,8 @@ class AvgPoolBackward(Function):
     def forward(dy: Tensor, windows: Windows) -> Tensor:
         w = windows
         rest = (list(w.size), *_avg_geometry(w), w.include_pad, w.divisor)
-        rows = layers.channels_last(dy)
-        return _shaped(layers.run(w.implementation, "avg_pool2d_backward", rows, *rest), dy)
+        dx = layers.run(w.implementation, "avg_pool2d_backward", dy.contiguous(), *rest)
+        return layers.narrowed(dx, dy)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

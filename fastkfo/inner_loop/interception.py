@@ -120,7 +120,7 @@ def _layer(form: Any) -> Callable[..., Any]:
         call, tensors = form(*args, **kwargs)
         batched = any([x is not None and is_batchedtensor(x) for x in tensors])
         if call is None or not batched or not forms.has_kernels(tensors[0]):
-            return func(*args, **kwargs)
+            return _with_gaps(func, args, kwargs)
         mode.note(f"F.{func.__name__}", forms.described(tensors[0]))
         return forms.out_of_vmap(call, *tensors)
 

@@ -37,13 +37,18 @@ def run(implementation: str, name: str, *args: Any) -> Any:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`[T, N, C, H, W]` as the raw ops take it; a view where it already lies like that."""
-    return x.permute(0, 1, 3, 4, 2).contiguous()
+    """`[T, N, C, H, W]` as `[T, N, H, W, C]`: a view, without gaps if x lies channels last."""
+    return x.permute(0, 1, 3, 4, 2)
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """A view of what a raw op returned, as `[T, N, C, H, W]`."""
+    """`[T, N, H, W, C]` as `[T, N, C, H, W]`: a view."""
     return x.permute(0, 1, 4, 2, 3)
+
+
+def narrowed(x: Tensor, like: Tensor) -> Tensor:
+    """In the precision of another tensor."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def parameters(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
