@@ -67,10 +67,12 @@ void max_pool_scatter(const Pooling& p, const S* dy, const int32_t* where, S* dx
 
 template <class S>
 void max_pool_gather(const Pooling& p, const S* v, const int32_t* where, S* to) {
-  const int64_t windows = p.out_size[0] * p.out_size[1];
+  const int64_t windows = p.out_size[0] * p.out_size[1], pixels = p.size[0] * p.size[1];
   for (int64_t w = 0; w < windows; ++w)
-    for (int64_t c = 0; c < p.channels; ++c)
-      to[w * p.channels + c] = v[where[w * p.channels + c] * p.channels + c];
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const int64_t at = where[w * p.channels + c];
+      to[w * p.channels + c] = at >= 0 && at < pixels ? v[at * p.channels + c] : S(0);
+    }
 }
 
 // 1 / what the sum of a window is divided by, as F.avg_pool2d has it.

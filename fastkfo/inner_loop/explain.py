@@ -75,6 +75,8 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
         yield from _tried(inner_loop, batches[0], counts[0])
     else:
         yield f"model: task after task ({reason})"
+    if refused is not None and reason is None and inner_loop.chunk_size is None:
+        yield from _together(inner_loop, batches[0], counts[0])
     if refused is None:
         yield "memory: what one task needs, per thread; nothing is kept for the meta-gradient"
     else:
@@ -86,6 +88,20 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
         )
     yield f"buffers: {_BUFFERS[inner_loop.buffer_mode]}"
     yield f"capture: {_capture(inner_loop, batches[0].tensors()[0].device)}"
+
+
+def _together(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
+    """How many tasks are in flight."""
+    habit = inner_loop.habit
+    size = habit.size(batch, tasks, inner_loop.memory)
+    if size < tasks:
+        yield (
+            f"in flight: {size} tasks, each with its gradient while it is in the processor's cache"
+        )
+    elif habit.why_not is not None:
+        yield f"in flight: {tasks} tasks, one graph ({habit.why_not})"
+    else:
+        yield f"in flight: {tasks} tasks"
 
 
 def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
