@@ -60,12 +60,13 @@ def same(found, want):
 def pieces(monkeypatch):
     """How many pieces ran, forwards and again."""
     seen = []
-    whole = prompt.whole
-    monkeypatch.setattr(
-        prompt,
-        "whole",
-        lambda piece, *args, **kw: seen.append(piece.tasks) or whole(piece, *args, **kw),
-    )
+    whole = prompt.Unrolled.whole
+
+    def counted(way, run, leaves):
+        seen.append(run.tasks)
+        return whole(way, run, leaves)
+
+    monkeypatch.setattr(prompt.Unrolled, "whole", counted)
     return seen
 
 
@@ -182,6 +183,28 @@ def test_a_nan_stays_in_its_task():
         assert out.finite.tolist() == [True, False, True, True, True]
         assert all(g.isfinite().all() for g in grads)
         found.append(grads)
+    same(*found)
+
+
+@pytest.mark.parametrize(
+    "combine", [torch.mean, lambda x: x.square().sum()], ids=["mean", "squares"]
+)
+def test_features_and_a_native_head(combine):
+    found = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        base, head = model().double()[:-1], nn.Linear(16, WAYS).double()
+        learner = fastkfo.algorithms.MAML(head, lr=0.1)
+        loop = fastkfo.InnerLoop(learner, F.cross_entropy, 2, features=base)
+        if whole:
+            loop.habit.why_not = "a test asks for one graph"
+        _, grads = gradients(loop, combine)
+        found.append([*grads, *loop.buffers()])
+        first = torch.autograd.grad(
+            combine(loop(*data()).loss), list(loop.parameters()), create_graph=True
+        )
+        total = sum(g.square().sum() for g in first)
+        found[-1] += torch.autograd.grad(total, list(loop.parameters()))
     same(*found)
 
 

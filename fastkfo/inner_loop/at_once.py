@@ -12,7 +12,11 @@ from fastkfo.inner_loop.fused import Fused
 from fastkfo.inner_loop.inputs import Batch, is_one_batch
 from fastkfo.inner_loop.known_models import Unfusable
 from fastkfo.inner_loop.learner import BatchedLearner, check_count
+from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.options import rule_of
+from fastkfo.inner_loop.piece import Piece
+from fastkfo.inner_loop.pieces import promptly
+from fastkfo.inner_loop.prompt import Unrolled
 from fastkfo.inner_loop.run import Outcome, Run, Settings
 
 if TYPE_CHECKING:
@@ -66,19 +70,48 @@ def at_once(loop: InnerLoop, batch: Batch, steps: int | None) -> Outcome | None:
     return found
 
 
+class Headed(Unrolled):
+    """How a piece runs: features, then the native call for the head that is adapted.
+
+    Args:
+        fused: the call. It reads the learner's own parameters.
+        settings: of the inner loop.
+    """
+
+    def __init__(self, fused: Fused, settings: Settings) -> None:
+        self.fused, self.settings = fused, settings
+
+    def whole(self, run: Run, leaves: Leaves) -> Outcome:
+        """The piece."""
+        batch = self.fused.inputs(run.featured(leaves))
+        found, own = self.fused.outcome(batch, self.settings.steps, self.settings.buffers)
+        run.buffers[:] = [*own, *run.buffers[1:]]
+        return found
+
+    def own(self, piece: Piece, leaves: Leaves, differentiable: bool) -> Leaves:
+        """The learner's parameters as they are, features and data cut."""
+        own = piece.leaves(leaves)
+        if differentiable:
+            return own
+        cut = piece.cut(leaves)
+        return own._replace(features=cut.features, data=cut.data)
+
+
 def in_one_call(
     loop: InnerLoop, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
 ) -> tuple[Outcome, list[list[TaskBuffers]]]:
     """What comes of T tasks of equal shapes, and the buffers to be committed."""
     fused = fused_of(loop, weights)
-    parts: list[TaskBuffers] = []
-    if loop.features is not None:
-        run = Run(settings, batch, tasks, weighted=False)
-        batch = run.featured(loop.leaves(batch, None))
-        parts = run.buffers[1:]
-    batch = fused.inputs(batch)
-    found, own = fused.outcome(batch, settings.steps, settings.buffers)
-    return found, [own + parts]
+    if loop.features is None:
+        found, parts = fused.outcome(fused.inputs(batch), settings.steps, settings.buffers)
+        return found, [parts]
+    way, leaves = Headed(fused, settings), loop.leaves(batch, None)
+    if torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want()):
+        prompt = promptly(settings, leaves, batch, tasks, loop.habit, way)
+        if prompt is not None:
+            return prompt
+    run = Run(settings, batch, tasks, weighted=False)
+    return way.whole(run, leaves), [run.buffers]
 
 
 def adapted_at_once(loop: InnerLoop, learner: BatchedLearner, batch: Batch, steps: int) -> bool:

@@ -14,7 +14,7 @@ from fastkfo.inner_loop.inner_loop import InnerLoop
 from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.model import TaskModel
-from fastkfo.inner_loop.run import Run, fills_a_cache
+from fastkfo.inner_loop.run import Run, features_alone
 from fastkfo.kernels import selector
 from fastkfo.optim.recognise import kind_of, kronecker_part
 
@@ -70,12 +70,13 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
         yield f"fused: no, {refused}"
     if refused is None:
         if inner_loop.features is not None:
-            yield _features(fills_a_cache(batches[0]))
+            yield _features(features_alone(batches[0]))
     elif reason is None:
         yield from _tried(inner_loop, batches[0], counts[0])
     else:
         yield f"model: task after task ({reason})"
-    if refused is not None and reason is None and inner_loop.chunk_size is None:
+    pieces = refused is not None or inner_loop.features is not None
+    if pieces and reason is None and inner_loop.chunk_size is None:
         yield from _together(inner_loop, batches[0], counts[0])
     if refused is None:
         yield "memory: what one task needs, per thread; nothing is kept for the meta-gradient"

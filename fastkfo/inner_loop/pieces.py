@@ -15,7 +15,7 @@ from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.memory import check_differentiated_once, pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
-from fastkfo.inner_loop.prompt import Habit, Prompt, Stray
+from fastkfo.inner_loop.prompt import Habit, Prompt, Stray, Unrolled
 from fastkfo.inner_loop.run import Outcome, Run, Settings
 
 Found = tuple[Outcome, list[list[TaskBuffers]]]
@@ -46,12 +46,9 @@ def run_pieces(
     """
     graph = torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want())
     if graph and not again and not settings.each and size == tasks:
-        prompt = habit.size(batch, tasks, settings.memory)
-        if prompt < tasks:
-            try:
-                return _by(Prompt, (habit,), settings, leaves, batch, tasks, prompt)
-            except Stray:
-                habit.why_not = "a loss depends on tensors that are no arguments of the inner loop"
+        found = promptly(settings, leaves, batch, tasks, habit, Unrolled())
+        if found is not None:
+            return found
     if graph and again and size < tasks:
         return _by(Chunked, (), settings, leaves, batch, tasks, size)
     outcomes, pieces = [], []
@@ -59,6 +56,19 @@ def run_pieces(
         pieces.append(piece)
         outcomes.append(_piece(piece, leaves, graph))
     return together(outcomes), [piece.run.buffers for piece in pieces]
+
+
+def promptly(
+    settings: Settings, leaves: Leaves, batch: Batch, tasks: int, habit: Habit, way: Unrolled
+) -> Found | None:
+    """Run T tasks, a few at a time, each with its gradient; None if they are better run at once."""
+    size = habit.size(batch, tasks, settings.memory)
+    if size < tasks:
+        try:
+            return _by(Prompt, (habit, way), settings, leaves, batch, tasks, size)
+        except Stray:
+            habit.why_not = "a loss depends on tensors that are no arguments of the inner loop"
+    return None
 
 
 def _by(

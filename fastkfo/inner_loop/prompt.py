@@ -20,7 +20,7 @@ from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.memory import pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
-from fastkfo.inner_loop.run import Outcome, fills_a_cache
+from fastkfo.inner_loop.run import Outcome, Run, fills_a_cache
 
 
 class Habit:
@@ -40,6 +40,21 @@ class Habit:
         return min(tasks, max(2, torch.get_num_threads()))
 
 
+class Unrolled:
+    """How a piece runs: step by step, as a function of its own arguments."""
+
+    def whole(self, run: Run, leaves: Leaves) -> Outcome:
+        """The piece, with its graph."""
+        return whole(run, leaves, graph=True)
+
+    def own(self, piece: Piece, leaves: Leaves, differentiable: bool) -> Leaves:
+        """Its arguments; if the gradient is differentiated again, with their graph."""
+        if not differentiable:
+            return piece.cut(leaves)
+        # Aliases: an argument may depend on another, and its derivative must not go through that.
+        return piece.leaves(leaves.like([x.view_as(x) for x in leaves.flat()]))
+
+
 class Stray(Exception):
     """A loss depends on a tensor that is no argument of the inner loop, and wants a gradient."""
 
@@ -54,21 +69,22 @@ class Prompt(Function):
         pieces: list[Piece],
         box: list[Outcome],
         habit: Habit,
+        way: Unrolled,
         shape: Leaves,
         *flat: Tensor,
     ) -> Tensor:
         """`[T]`; the pieces and all that came of them go into the lists."""
         leaves = shape.like(flat)
-        ctx.pieces, ctx.shape, ctx.habit = pieces, shape, habit
+        ctx.pieces, ctx.shape, ctx.habit, ctx.way = pieces, shape, habit, way
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         ctx.before, outcomes, sums = [], [], Sums(leaves)
         for piece in turns:
             pieces.append(piece)
             ctx.before.append(Ambience(flat[-1].device, piece.run.buffers))
-            own = piece.cut(leaves)
+            own = way.own(piece, leaves, differentiable=False)
             with torch.enable_grad():
-                found = whole(piece.run, own, graph=True)
+                found = way.whole(piece.run, own)
             assert found.loss is not None
             if len(pieces) == 1 and has_strays(found.loss, own.flat()):
                 torch.set_rng_state(ctx.before[0].cpu)
@@ -86,22 +102,20 @@ class Prompt(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
         """A multiple of what is known, or all of it again."""
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if cotangent is None:
-            return (*nothing, *[None] * (len(ctx.needs_input_grad) - 5))
+            return (*nothing, *[None] * (len(ctx.needs_input_grad) - 6))
         differentiable = torch.is_grad_enabled()
         if not differentiable and bool((cotangent == cotangent[0]).all()):
             return (*nothing, *[g if g is None else g * cotangent[0] for g in ctx.gradients])
         ctx.habit.why_not = "its losses had unequal weights, or were differentiated twice"
         leaves = ctx.shape.like(ctx.saved_tensors)
-        if differentiable:  # aliases: arguments may depend on each other
-            leaves = leaves.like([x.view_as(x) for x in leaves.flat()])
         sums = Sums(leaves)
         for piece, before in zip(ctx.pieces, ctx.before, strict=True):
-            own = piece.leaves(leaves) if differentiable else piece.cut(leaves)
+            own = ctx.way.own(piece, leaves, differentiable)
             share = cotangent[piece.begin : piece.end]
             with before.again(), torch.enable_grad(), repeating(piece.run):
-                loss = whole(piece.run, own, graph=True).loss
+                loss = ctx.way.whole(piece.run, own).loss
                 found = pulled([loss], [share], own.flat(), differentiable)
             piece.run.step.forget()
             sums.add(found, own)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.inner_loop import forms
 from fastkfo.inner_loop.containment import Contained, finite_rows, spread
 from fastkfo.inner_loop.inputs import Batch, joined, parted
 from fastkfo.inner_loop.leaves import Layout, Leaves
@@ -89,6 +89,12 @@ def fills_a_cache(batch: Batch) -> bool:
     return numbers >= LARGE_TASK and all([x.device.type == "cpu" for x in inputs])
 
 
+def features_alone(batch: Batch) -> bool:
+    """Whether a feature extractor runs for one task after the other: large, on PyTorch's kernels."""
+    inputs = [x for x in tree_leaves(batch.x_s) if isinstance(x, Tensor)]
+    return fills_a_cache(batch) and not all([forms.has_kernels(x) for x in inputs])
+
+
 class Run:
     """One group of tasks.
 
@@ -111,10 +117,12 @@ class Run:
         self.features: TaskModel | None = None
         if settings.features is not None:
             none = [False] * len(ParameterSlots(settings.features).params)
-            alone = each or fills_a_cache(batch)
+            alone = each or features_alone(batch)
             self.features = TaskModel(
                 shell_of(settings.features), tasks, settings.buffers, alone, none
             )
+        models = [self.model] if self.features is None else [self.model, self.features]
+        self.buffers = [model.buffers for model in models]
         self.outcome: Outcome | None = None  # of a run inside an autograd Function
         self.support = TaskLoss(settings.loss, tasks, each)
         self.query = (
@@ -122,12 +130,6 @@ class Run:
             if settings.query_loss is settings.loss
             else TaskLoss(settings.query_loss, tasks, each)
         )
-
-    @property
-    def buffers(self) -> list[TaskBuffers]:
-        """The buffers of the model and of the feature extractor."""
-        models = [self.model] if self.features is None else [self.model, self.features]
-        return [model.buffers for model in models]
 
     def start(self, leaves: Leaves) -> State:
         """θ and φ before the first step."""
