@@ -1,4 +1,4 @@
-"""The matrix kernel of every instruction set, and BLAS where the baseline leaves products to it."""
+"""Every instruction set: the matrix kernel, BLAS where the baseline leaves products to it, layers."""
 
 import os
 import subprocess
@@ -24,6 +24,22 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         ours, theirs = (torch.autograd.grad(y, (a, c), w) for y in (u, expected))
         for x, y in ((u, expected), *zip(ours, theirs)):
             assert (x - y).norm() <= tolerance * y.norm(), (dtype, batch, n, m)
+
+from tests.layer_cases import LAYERS
+
+for case in LAYERS:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        found = []
+        for implementation in ("native", "reference"):
+            x = case.operands(dtype)
+            present = [t for t in x if t is not None]
+            y = case.run(x, implementation)
+            first = torch.autograd.grad(y.square().sum(), present, create_graph=True)
+            total = sum(g.square().sum() for g in first)
+            second = torch.autograd.grad(total, present)
+            found.append((y, *first, *second))
+        for ours, theirs in zip(*found):
+            assert (ours - theirs).norm() <= tolerance * max(1, theirs.norm()), case
 print("agrees")
 """
 

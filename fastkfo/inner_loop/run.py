@@ -90,7 +90,7 @@ def fills_a_cache(batch: Batch) -> bool:
 
 
 def features_alone(batch: Batch) -> bool:
-    """Whether a feature extractor runs for one task after the other: large, on PyTorch's kernels."""
+    """Whether features are computed task after task: of large ones, on kernels of PyTorch's."""
     inputs = [x for x in tree_leaves(batch.x_s) if isinstance(x, Tensor)]
     return fills_a_cache(batch) and not all([forms.has_kernels(x) for x in inputs])
 
