@@ -28,14 +28,14 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
 from tests.layer_cases import LAYERS
 
 for case in LAYERS:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         found = []
         for implementation in ("native", "reference"):
             x = case.operands(dtype)
             present = [t for t in x if t is not None]
             y = case.run(x, implementation)
-            first = torch.autograd.grad(y.square().sum(), present, create_graph=True)
-            total = sum(g.square().sum() for g in first)
+            first = torch.autograd.grad((y / 30).sin().sum(), present, create_graph=True)
+            total = sum((g / 30).sin().sum() for g in first)
             second = torch.autograd.grad(total, present)
             found.append((y, *first, *second))
         for ours, theirs in zip(*found):
