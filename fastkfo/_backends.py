@@ -54,5 +54,5 @@ def backends() -> Backends:
         Backend(name, device, why is None, why)
         for name in selector.IMPLEMENTATIONS[1:]
         for device in devices
-        for why in (selector.unavailable(name, device),)
+        for why in (selector.unavailable(name, device, "layers" if name == "triton" else ""),)
     )

@@ -39,9 +39,10 @@ def has_kernels(x: Tensor) -> bool:
     return x.dtype in _KINDS and selector.select("auto", x.device, "layers") != "reference"
 
 
-def described(x: Tensor) -> str:
-    """In words, what a layer of this tensor runs on."""
+def described(x: Tensor, narrowed: bool = False) -> str:
+    """In words, what a layer of this tensor runs on; `narrowed`: whether autocast applies to it."""
     chosen = selector.select("auto", x.device, "layers")
+    x = _autocast([x])[0] if narrowed else x  # type: ignore[assignment]
     wide = ", in float32" if x.dtype in layers.LOW and chosen == "native" else ""
     return f"one {chosen} call for all tasks{wide}"
 

@@ -121,7 +121,7 @@ def _layer(form: Any) -> Callable[..., Any]:
         batched = any([x is not None and is_batchedtensor(x) for x in tensors])
         if call is None or not batched or not forms.has_kernels(tensors[0]):
             return _with_gaps(func, args, kwargs)
-        mode.note(f"F.{func.__name__}", forms.described(tensors[0]))
+        mode.note(f"F.{func.__name__}", forms.described(tensors[0], func is F.conv2d))
         return forms.out_of_vmap(call, *tensors)
 
     return handler
