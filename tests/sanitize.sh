@@ -18,4 +18,4 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTKFO_LIBRARY="$out/_C.so"
 exec python -m pytest -p no:cacheprovider tests/test_inner_loop_fused.py \
     tests/test_inner_loop_backend.py tests/test_kron.py tests/test_kron_raw.py tests/test_gram.py \
-    tests/test_cross_entropy.py "$@"
+    tests/test_cross_entropy.py tests/test_layers.py tests/test_layers_inputs.py "$@"

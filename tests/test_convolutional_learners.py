@@ -139,12 +139,13 @@ def compare(ours, theirs):
 
 @pytest.mark.parametrize("kind", LEARNERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_learn2learn(name, kind):
+@pytest.mark.parametrize("backend", ["batched", "loop"])
+def test_equals_learn2learn(name, kind, backend):
     data = tasks(MODELS[name][1])
     theirs, ours = learner(oracle.load(), name, kind), learner(fastkfo, name, kind)
     want = by_learn2learn(theirs, *data)
     want.sum().backward()
-    loop = fastkfo.InnerLoop(ours, F.cross_entropy, STEPS, backend="batched")
+    loop = fastkfo.InnerLoop(ours, F.cross_entropy, STEPS, backend=backend)
     found = loop(*data).loss
     found.sum().backward()
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)

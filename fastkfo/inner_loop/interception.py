@@ -113,16 +113,27 @@ def _relu_call(mode: Interception, func: Any, input: Tensor, inplace: bool = Fal
     return call.rectified(input).squeeze(0)
 
 
-def _layer(form: Any) -> Callable[..., Any]:
-    """A handler that tries a form, which may decline by None."""
+def _layer(form: Any, alone: bool = True) -> Callable[..., Any]:
+    """A handler that tries a form, which may decline by None.
+
+    Args:
+        form: of forms.py.
+        alone: whether it is also for one task by itself, where that is differentiated twice.
+
+    Returns:
+        The handler.
+    """
 
     def handler(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call, tensors = form(*args, **kwargs)
         batched = any([x is not None and is_batchedtensor(x) for x in tensors])
-        if call is None or not batched or not forms.has_kernels(tensors[0]):
+        wanted = batched or (alone and mode.second_order)
+        if call is None or not wanted or not forms.has_kernels(tensors[0]):
             return _with_gaps(func, args, kwargs)
         mode.note(f"F.{func.__name__}", forms.described(tensors[0], func is F.conv2d))
-        return forms.out_of_vmap(call, *tensors)
+        if batched:
+            return forms.out_of_vmap(call, *tensors)
+        return call(*[None if x is None else x.unsqueeze(0) for x in tensors]).squeeze(0)
 
     return handler
 
@@ -172,7 +183,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     Tensor.relu: _relu,
     F.conv2d: _layer(forms.conv2d),
-    F.linear: _layer(forms.linear),
+    F.linear: _layer(forms.linear, alone=False),
     F.layer_norm: _layer(forms.layer_norm),
     F.adaptive_avg_pool2d: _adaptive,
     F.max_pool2d: _layer(forms.max_pool2d),
