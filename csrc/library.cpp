@@ -49,8 +49,9 @@ STABLE_TORCH_LIBRARY(fastkfo, m) {
       "int[] dilation, int groups, bool bias) -> (Tensor, Tensor)");
 
   // Batch norm of x [T, P, C] on the statistics of every task and channel, then ReLU if `relu`:
-  // y, mean and 1/sqrt(var + eps) [T, C]. Its vector-Jacobian product: dx, d_weight, d_bias. And
-  // that of the latter, for cotangents a, b, c: of dy, x and weight.
+  // y, mean and the biased variance [T, C]. With rstd = 1/sqrt(var + eps), its vector-Jacobian
+  // product: dx, d_weight, d_bias. And that of the latter, for cotangents a, b, c: of dy, x and
+  // weight.
   m.def(
       "batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool relu) -> "
       "(Tensor, Tensor, Tensor)");

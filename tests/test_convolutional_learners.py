@@ -1,5 +1,6 @@
 """Whole meta-gradients of convolutional learners against learn2learn, in float64."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,45 @@ class Inplace(nn.Module):
         return self.head(x.view(len(x), -1))
 
 
+class Unusual(nn.Module):
+    """What a forward may do and layers that lie otherwise must not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = (
+            nn.Conv2d(3, 4, 3, np.int64(1), padding=1),
+            nn.BatchNorm2d(4, affine=False),
+        )
+        self.second, self.other = nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, WAYS)
+
+    def forward(self, x):
+        h = self.conv(x)
+        h = h - h.mean(axis=1, keepdim=True) + torch.mean(h, dim=(2, 3), keepdim=True)
+        with torch.no_grad():
+            constant = self.norm(h)
+        h = F.relu(constant) + 0.1 * h
+        h = F.max_pool2d(F.elu(self.other(self.second(h))), np.int64(2), 1)
+        return self.head(F.adaptive_avg_pool2d(h, 1).squeeze(-1).squeeze(-1))
+
+
+class Writes(nn.Module):
+    """Writes through a view, which a copy would lose."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.conv = name, nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, WAYS)
+
+    def forward(self, x):
+        h = self.conv(x)
+        flat = h.view(h.size(0), -1) if self.name == "view" else h.flatten(1)
+        flat.mul_(0.5) if self.name == "view" else F.leaky_relu(flat, 0.1, True)
+        return self.head(h.mean([2, 3]))
+
+
 MODELS["inplace"] = (Inplace, (3, 5, 5))
+MODELS["unusual"] = (Unusual, (3, 5, 5))
 
 LEARNERS = {
     "kfo": lambda lib, m: lib.algorithms.GBML(
@@ -150,6 +189,33 @@ def test_equals_learn2learn(name, kind, backend):
     found.sum().backward()
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
     compare(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:fastkfo. tasks run one after the other")
+@pytest.mark.parametrize("name", ["view", "flatten"])
+def test_writes_through_views_are_not_lost(name):
+    data = tasks((3, 4, 4))
+    theirs, ours = oracle.load().algorithms, fastkfo.algorithms
+    theirs, ours = (lib.MAML(Writes(name).double(), lr=LR) for lib in (theirs, ours))
+    ours.load_state_dict(theirs.state_dict())
+    by_learn2learn(theirs, *data).sum().backward()
+    fastkfo.InnerLoop(ours, F.cross_entropy, STEPS)(*data).loss.sum().backward()
+    compare(ours, theirs)
+
+
+def test_a_loss_that_views_images():
+    """Results lie as PyTorch's own layers leave them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    x = torch.randn(TASKS, 4, 3, 5, 5)
+
+    def loss(prediction, target):
+        return F.mse_loss(prediction.view(len(prediction), -1), target.view(len(target), -1))
+
+    loop = fastkfo.InnerLoop(fastkfo.algorithms.MAML(model, lr=LR), loss, STEPS)
+    out = loop(x, x, x, x)
+    assert out.predictions.view(TASKS, -1).shape == (TASKS, 4 * 3 * 25)
+    assert loop.why_one_by_one() is None
 
 
 @pytest.mark.parametrize("name", ["kfo_2", "resnet12"])

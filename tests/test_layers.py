@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 
+from fastkfo.functional import batch_norm, max_pool2d
 from fastkfo.kernels import selector
 from tests.cases import needs_native
 from tests.dense import assert_near, derivatives
@@ -194,3 +195,35 @@ def test_bitwise_the_same_for_any_number_of_threads(case):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("op", ["batch_norm", "layer_norm"])
+def test_hessian_by_reverse_mode(op):
+    case = next(c for c in LAYERS if c.small and c.op == op)
+    x, *rest = [v.detach() for v in case.operands()]
+
+    def f(x):
+        return case.run([x, *rest]).sin().sum()
+
+    got = torch.func.jacrev(torch.func.grad(f))(x)
+    want = torch.autograd.functional.hessian(f, x)
+    assert_near(got, want, 1e-10)
+
+
+@needs_native
+def test_small_variances():
+    x = 1 + 1e-4 * torch.randn(2, 50, 3)
+    for values in (x, torch.ones_like(x)):
+        var = batch_norm(values, eps=1e-3).var
+        assert_near(var, values.double().var(1, correction=0), 1e-5)
+        assert (var >= 0).all()
+
+
+@needs_native
+def test_a_window_without_pixels():
+    x = torch.randn(1, 1, 1, 2, 2, requires_grad=True)
+    y = max_pool2d(x, 2, padding=1, dilation=3)
+    want = torch.nn.functional.max_pool2d(x[0], 2, 2, 1, 3)
+    assert torch.equal(y[0], want)
+    assert not torch.autograd.grad(y.sum(), x)[0].any()

@@ -24,6 +24,8 @@ struct Shape {
   int64_t weights() const { return out_channels * group_in() * taps(); }
 };
 
+constexpr int64_t kMostPixels = int64_t{1} << 31;
+
 Window window_of(int64_t kh, int64_t kw, const Ints& stride, const Ints& padding,
                  const Ints& dilation) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -31,6 +33,9 @@ Window window_of(int64_t kh, int64_t kw, const Ints& stride, const Ints& padding
   Window w{
       {kh, kw}, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}, {},
       {}};
+  for (int a = 0; a < 2; ++a)
+    STD_TORCH_CHECK(std::max({w.kernel[a], w.stride[a], w.padding[a], w.dilation[a]}) < kMostPixels,
+                    "fastkfo: a window beyond all images");
   for (int a = 0; a < 2; ++a)
     STD_TORCH_CHECK(w.kernel[a] > 0 && w.stride[a] > 0 && w.padding[a] >= 0 && w.dilation[a] > 0,
                     "fastkfo: kernel, stride and dilation are positive, padding is not negative");

@@ -74,14 +74,19 @@ void Window::set_out_size() {
 }
 
 std::shared_ptr<const Geometry> geometry_of(const Window& window, bool adjoint, bool sorted) {
-  constexpr size_t kMost = 32;
+  constexpr size_t kMost = 32, kMostTaps = 1 << 22;
   static thread_local std::vector<Kept> kept;
   for (const Kept& k : kept)
     if (k.adjoint == adjoint && k.sorted == sorted &&
         std::memcmp(&k.window, &window, sizeof(Window)) == 0)
       return k.geometry;
-  if (kept.size() >= kMost) kept.erase(kept.begin());
   const auto made = std::make_shared<const Geometry>(computed(window, adjoint, sorted));
+  size_t taps = made->source.size();
+  for (const Kept& k : kept) taps += k.geometry->source.size();
+  while (!kept.empty() && (kept.size() >= kMost || taps > kMostTaps)) {
+    taps -= kept.front().geometry->source.size();
+    kept.erase(kept.begin());
+  }
   kept.push_back({window, adjoint, sorted, made});
   return made;
 }

@@ -124,9 +124,9 @@ void outer_of_taps(const Chunk<S>& chunk, const S** left, const S** right) {
       const int64_t n = (chunk.first + i) / geometry.pixels;
       const int32_t at =
           geometry.source[(chunk.first + i - n * geometry.pixels) * geometry.taps + t];
+      if (at < 0) continue;
       left[found] = call.x + n * call.x_sample + at * call.x_pixel;
-      right[found] = chunk.dy[i];
-      found += at >= 0;
+      right[found++] = chunk.dy[i];
     }
     S* sums = call.sums + t * call.channels * chunk.vectors * kWidth<S>;
     add_outer_products(left, right, found, call.channels, chunk.vectors, chunk.first == 0, sums);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -73,13 +74,13 @@ struct BatchNorm {
   bool relu;
   const S *x, *weight, *bias;
   const S *dy, *a, *b, *c;  // the cotangents of y, dx, d_weight and d_bias
-  S *mean, *rstd, *y, *dx, *d_weight, *d_bias, *d_dy;
+  S *mean, *var, *rstd, *y, *dx, *d_weight, *d_bias, *d_dy;  // var forwards, rstd backwards
 
   void skip(int64_t count) {
     channels -= count;
     for (const S** p : {&x, &weight, &bias, &dy, &a, &b, &c})
       if (*p) *p += count;
-    for (S** p : {&mean, &rstd, &y, &dx, &d_weight, &d_bias, &d_dy})
+    for (S** p : {&mean, &var, &rstd, &y, &dx, &d_weight, &d_bias, &d_dy})
       if (*p) *p += count;
   }
 };
@@ -115,7 +116,7 @@ struct LayerKernels {
   void (*outer)(const Geometry&, const Outer<S>&);
   // Number k of every column comes from row rows[k], rows padded to whole vectors.
   void (*unpack)(const S* from, int64_t columns, const int32_t* rows, const Columns<S>& to);
-  void (*batch_norm)(const BatchNorm<S>&);                  // to mean, rstd, y
+  void (*batch_norm)(const BatchNorm<S>&);                  // to mean, var, y
   void (*batch_norm_backward)(const BatchNorm<S>&);         // to dx, d_weight, d_bias
   void (*batch_norm_double_backward)(const BatchNorm<S>&);  // to d_dy, dx, d_weight
   void (*layer_norm)(const LayerNorm<S>&);

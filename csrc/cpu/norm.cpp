@@ -17,7 +17,7 @@ struct Shape {
 
 Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, "fastkfo: expected [T, P, C], got ", x.dim(), " axes");
-  STD_TORCH_CHECK(x.size(1) > 0 || x.numel() == 0, "fastkfo: a batch norm of no samples");
+  STD_TORCH_CHECK(x.size(1) > 0 || x.numel() == 0, "fastkfo: a norm of no samples");
   return {x.size(0), x.size(1), x.size(2)};
 }
 
@@ -63,7 +63,7 @@ void run(const Shape& s, const BatchNorm<T>& whole, void (*pass)(const BatchNorm
       if (*p) *p += image;
     for (const T** p : {&n.weight, &n.bias, &n.b, &n.c})
       if (*p) *p += channel;
-    for (T** p : {&n.mean, &n.rstd, &n.d_weight, &n.d_bias})
+    for (T** p : {&n.mean, &n.var, &n.rstd, &n.d_weight, &n.d_bias})
       if (*p) *p += channel;
     n.channels = end - begin;
     pass(n);
@@ -120,14 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Tensor> we
                                               std::optional<Tensor> bias, double eps, bool relu) {
   const Shape s = shape_of(x);
   const int64_t sizes[] = {s.tasks, s.channels};
-  Tensor y = empty_shaped_like(x), mean = empty(x, sizes, 2), rstd = empty(x, sizes, 2);
+  Tensor y = empty_shaped_like(x), mean = empty(x, sizes, 2), var = empty(x, sizes, 2);
   by_dtype(x, [&](auto one) {
     using T = decltype(one);
     BatchNorm<T> n = operands<T>(s, x, weight, bias, relu);
-    n.eps = eps, n.y = out<T>(y), n.mean = out<T>(mean), n.rstd = out<T>(rstd);
+    n.eps = eps, n.y = out<T>(y), n.mean = out<T>(mean), n.var = out<T>(var);
     run(s, n, layer_kernels<T>().batch_norm);
   });
-  return {y, mean, rstd};
+  return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, Tensor mean,

@@ -39,10 +39,15 @@ struct Affine {
   template <class R>
   FASTKFO_INLINE Affine(const R& rows, const BatchNorm<S>& n) {
     for (int v = 0; v < NV; ++v) {
-      mean[v] = rows.load(n.mean, 0, v), rstd[v] = rows.load(n.rstd, 0, v);
+      mean[v] = rows.load(n.mean, 0, v);
+      rstd[v] = n.rstd ? rows.load(n.rstd, 0, v) : of_variance(rows.load(n.var, 0, v), n.eps);
       scale[v] = n.weight ? rows.load(n.weight, 0, v) * rstd[v] : rstd[v];
       shift[v] = n.bias ? rows.load(n.bias, 0, v) : Lanes<S>{};
     }
+  }
+  static FASTKFO_INLINE Lanes<S> of_variance(Lanes<S> var, double eps) {
+    for (int64_t l = 0; l < kWidth<S>; ++l) var[l] = S(1) / std::sqrt(var[l] + static_cast<S>(eps));
+    return var;
   }
   // y before ReLU. Every pass computes it alike, so that all of them agree where it is positive.
   FASTKFO_INLINE Lanes<S> value(Lanes<S> x, int v) const {
@@ -55,7 +60,7 @@ struct Affine {
   }
 };
 
-// Mean and 1/sqrt(variance + eps), chunk by chunk: each by its own mean, then merged (Chan, Golub,
+// Mean and variance, chunk by chunk: each by its own mean, then merged (Chan, Golub,
 // LeVeque 1979), which reads memory once and does not cancel.
 template <class S, int NV, class R>
 void statistics(const R& rows, const BatchNorm<S>& n) {
@@ -79,11 +84,8 @@ void statistics(const R& rows, const BatchNorm<S>& n) {
     }
   }
   for (int v = 0; v < NV; ++v) {
-    Lanes<S> rstd;
-    for (int64_t l = 0; l < kWidth<S>; ++l)
-      rstd[l] = S(1) / std::sqrt(square[v][l] / static_cast<S>(n.rows) + static_cast<S>(n.eps));
     rows.store(n.mean, 0, v, mean[v]);
-    rows.store(n.rstd, 0, v, rstd);
+    rows.store(n.var, 0, v, square[v] / static_cast<S>(n.rows));
   }
 }
 

@@ -18,7 +18,7 @@ FASTKFO_INLINE void store_as(S* p, X x) {
 
 // Calls visit(type, place) along a row: in vectors, then in single numbers.
 template <class S, class F>
-FASTKFO_INLINE void along(int64_t size, const F& visit) {
+FASTKFO_INLINE void for_row(int64_t size, const F& visit) {
   int64_t i = 0;
   for (; i + kWidth<S> <= size; i += kWidth<S>) visit(Lanes<S>{}, i);
   for (; i < size; ++i) visit(S{}, i);
@@ -45,17 +45,17 @@ void layer_norm(const LayerNorm<S>& n) {
     const S* x = n.x + r * n.size;
     S* y = n.y + r * n.size;
     RowSums<S, 1> first, second;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       first.add(0, load_as<S, decltype(one)>(x + i));
     });
     const S mean = first.total(0) / size;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       const auto apart = load_as<S, decltype(one)>(x + i) - mean;
       second.add(0, apart * apart);
     });
     const S rstd = S(1) / std::sqrt(second.total(0) / size + static_cast<S>(n.eps));
     n.mean[r] = mean, n.rstd[r] = rstd;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       using X = decltype(one);
       X z = (load_as<S, X>(x + i) - mean) * rstd;
       if (n.weight) z = z * load_as<S, X>(n.weight + i);
@@ -67,9 +67,9 @@ void layer_norm(const LayerNorm<S>& n) {
 
 // What a pass reads at one place of a row: x normalised, dy, and weight dy.
 template <class S, class X>
-struct Place3 {
+struct Gradients {
   X normal, dy, g;
-  FASTKFO_INLINE Place3(const LayerNorm<S>& n, int64_t r, int64_t i) {
+  FASTKFO_INLINE Gradients(const LayerNorm<S>& n, int64_t r, int64_t i) {
     normal = (load_as<S, X>(n.x + r * n.size + i) - n.mean[r]) * n.rstd[r];
     dy = load_as<S, X>(n.dy + r * n.size + i);
     g = n.weight ? dy * load_as<S, X>(n.weight + i) : dy;
@@ -83,9 +83,9 @@ void layer_norm_backward(const LayerNorm<S>& n) {
   std::fill(n.d_bias, n.d_bias + n.size, S(0));
   for (int64_t r = 0; r < n.rows; ++r) {
     RowSums<S, 2> sums;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       using X = decltype(one);
-      const Place3<S, X> at(n, r, i);
+      const Gradients<S, X> at(n, r, i);
       sums.add(0, at.g), sums.add(1, at.g * at.normal);
       store_as<S, X>(n.d_weight + i, load_as<S, X>(n.d_weight + i) + at.dy * at.normal);
       store_as<S, X>(n.d_bias + i, load_as<S, X>(n.d_bias + i) + at.dy);
@@ -93,9 +93,9 @@ void layer_norm_backward(const LayerNorm<S>& n) {
     const S rstd = n.rstd[r];
     const S s1 = sums.total(0) / static_cast<S>(n.size);
     const S s2 = sums.total(1) / static_cast<S>(n.size);
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       using X = decltype(one);
-      const Place3<S, X> at(n, r, i);
+      const Gradients<S, X> at(n, r, i);
       store_as<S, X>(n.dx + r * n.size + i, rstd * (at.g - s1 - at.normal * s2));
     });
   }
@@ -112,9 +112,9 @@ void layer_norm_double_backward(const LayerNorm<S>& n) {
   for (int64_t r = 0; r < n.rows; ++r) {
     const S* a = n.a + r * n.size;
     RowSums<S, 7> sums;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       using X = decltype(one);
-      const Place3<S, X> at(n, r, i);
+      const Gradients<S, X> at(n, r, i);
       const X v = load_as<S, X>(a + i);
       sums.add(0, at.g), sums.add(1, at.g * at.normal);
       sums.add(2, v), sums.add(3, v * at.normal), sums.add(4, v * at.g);
@@ -130,9 +130,9 @@ void layer_norm_double_backward(const LayerNorm<S>& n) {
     const S mean = (sums.total(5) - of_a * a1 - of_g * s1) * share;
     const S with_normal = (sums.total(6) - of_a * a2 - of_g * s2) * share;
     const S slope = rstd * with_normal + rstd * rstd * g * share;
-    along<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
+    for_row<S>(n.size, [&](auto one, int64_t i) __attribute__((always_inline)) {
       using X = decltype(one);
-      const Place3<S, X> at(n, r, i);
+      const Gradients<S, X> at(n, r, i);
       const X v = load_as<S, X>(a + i);
       const X dg = rstd * (v - a1 * share - at.normal * (a2 * share));
       X d_dy = n.weight ? dg * load_as<S, X>(n.weight + i) : dg;

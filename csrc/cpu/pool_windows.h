@@ -36,6 +36,10 @@ FASTKFO_INLINE void for_windows(const Pooling& p, const F& visit) {
 // The first maximum wins, and a NaN wins over everything.
 template <class S>
 void max_pool(const Pooling& p, const S* x, S* y, int32_t* where) {
+  if (p.dilation[0] > 1 || p.dilation[1] > 1) {  // a window may miss the image
+    const int64_t numbers = p.out_size[0] * p.out_size[1] * p.channels;
+    for (int64_t i = 0; i < numbers; ++i) y[i] = -std::numeric_limits<S>::infinity(), where[i] = -1;
+  }
   for_windows(p, [&](int64_t window, int64_t pixel, bool first) __attribute__((always_inline)) {
     const S* from = x + pixel * p.channels;
     S* to = y + window * p.channels;

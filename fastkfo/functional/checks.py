@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -101,15 +102,15 @@ def shapes(expected: tuple[int, ...], **tensors: Tensor | None) -> None:
 
 def pair(name: str, value: object, least: int) -> tuple[int, int]:
     """Two ints of at least `least`, given as one or as two."""
-    both = (value, value) if isinstance(value, int) else value
-    if not isinstance(both, Sequence) or isinstance(both, str) or len(both) not in (1, 2):
+    both: Sequence[Any] = value if isinstance(value, Sequence) else (value, value)
+    if isinstance(both, str) or len(both) not in (1, 2):
         raise TypeError(f"{name}: expected one int or two, got {value!r}")
     for x in both:
-        if isinstance(x, bool) or not isinstance(x, int):
+        if isinstance(x, bool) or not hasattr(x, "__index__"):  # numpy's have it, too
             raise TypeError(f"{name}: expected ints, got {value!r}")
         if x < least:
             raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-    return both[0], both[-1]
+    return index(both[0]), index(both[-1])
 
 
 def operand_list(name: str, value: object, count: int) -> list[Any]:

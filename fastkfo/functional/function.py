@@ -69,6 +69,15 @@ def _differentiated(args: Any) -> bool:
     )
 
 
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether what is computed of these may be differentiated once more."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():  # at some level or other
+        return True
+    return any([x is not None and x.requires_grad for x in tensors])
+
+
 def _distinct(args: Any) -> list[Any]:
     """The arguments as Dynamo takes them: no tensor twice."""
     out: list[Any] = []

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from fastkfo.functional import checks
 from fastkfo.functional.folding import folded
-from fastkfo.functional.function import apply, with_eager_form
+from fastkfo.functional.function import apply, differentiated, with_eager_form
 from fastkfo.kernels import layers, selector
 from fastkfo.reference import norm as reference
 
@@ -137,12 +137,9 @@ class LayerNormBackward(Function):
         if a is None and b is None and c is None:
             return (None,) * 6
         a = torch.zeros_like(x) if a is None else a
-        if torch.is_grad_enabled():
-            d_dy, dx, d_weight = reference.vjp(
-                lambda dy, x, w: reference.layer_norm_backward(dy, x, w, ctx.rule.eps),
-                (dy, x, weight),
-                (a, b, c),
-            )
+        if differentiated(a, b, c, dy, x, weight):
+            wide: Any = layers.widened(a, b, c, dy, x, weight)
+            d_dy, dx, d_weight = reference.layer_norm_double_backward(*wide, eps=ctx.rule.eps)
         else:
             operands = (a.contiguous(), *layers.parameters(x, b, c), dy.contiguous())
             rest = (x.contiguous(), mean, rstd, *layers.parameters(x, weight))

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from fastkfo.functional import checks
 from fastkfo.functional.folding import folded
-from fastkfo.functional.function import apply, with_eager_form
+from fastkfo.functional.function import apply, differentiated, with_eager_form
 from fastkfo.kernels import layers, selector
 from fastkfo.reference import norm as reference
 
@@ -99,8 +99,8 @@ def batch_norm_unchecked(
         y, mean, var = reference.batch_norm(wide, weight, bias, eps)
         y = y.to(x.dtype)
         return BatchNormResult(torch.relu(y) if relu else y, mean.detach(), var.detach())
-    y, mean, rstd = apply(BatchNorm, _rows(x), weight, bias, Rule(eps, relu, chosen))
-    return BatchNormResult(_shaped(y, x.shape), mean, rstd.pow(-2) - eps)
+    y, mean, var, _ = apply(BatchNorm, _rows(x), weight, bias, Rule(eps, relu, chosen))
+    return BatchNormResult(_shaped(y, x.shape), mean, var)
 
 
 def takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -135,9 +135,8 @@ class Normed:
         self._rule, self._shape = Rule(eps, False, chosen), x.shape
         affine = [None if t is None else t.expand(len(x), -1) for t in (weight, bias)]
         self._operands = (_rows(x), *affine)
-        y, self._mean, self._rstd = apply(BatchNorm, *self._operands, self._rule)
+        y, self._mean, var, self._rstd = apply(BatchNorm, *self._operands, self._rule)
         self._y, self._version = y, y._version
-        var = self._rstd.pow(-2) - eps
         self.result = BatchNormResult(_shaped(y, x.shape), self._mean, var)
 
     def untouched(self) -> bool:
@@ -166,21 +165,21 @@ def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
 
 @with_eager_form
 class BatchNorm(Function):
-    """y, mean and 1/√(var + eps); the latter two are constants."""
+    """y, mean, var and 1/√(var + eps); the latter three are constants."""
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         operands = (x.contiguous(), *layers.parameters(x, weight, bias), rule.eps, rule.relu)
-        y, mean, rstd = layers.run(rule.implementation, "batch_norm", *operands)
-        return layers.narrowed(y, x), mean, rstd
+        y, mean, var = layers.run(rule.implementation, "batch_norm", *operands)
+        return layers.narrowed(y, x), mean, var, (var + rule.eps).sqrt().reciprocal()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, bias, ctx.rule = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        _, mean, var, rstd = output
+        ctx.mark_non_differentiable(mean, var, rstd)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
 
@@ -269,16 +268,13 @@ class BatchNormBackward(Function):
         if a is None and b is None and c is None:
             return (None,) * 7
         a = torch.zeros_like(x) if a is None else a
-        if torch.is_grad_enabled():
-            eps, relu = ctx.rule.eps, ctx.rule.relu
-            d_dy, dx, d_weight = reference.vjp(
-                lambda dy, x, w: reference.batch_norm_backward(dy, x, w, bias, eps, relu),
-                (dy, x, weight),
-                (a, b, c),
-            )
+        if differentiated(a, b, c, dy, x, weight):
+            rule = {"eps": ctx.rule.eps, "relu": ctx.rule.relu}
+            wide: Any = layers.widened(a, b, c, dy, x, weight, bias)
+            d_dy, dx, d_weight = reference.batch_norm_double_backward(*wide, **rule)
         else:
-            tensors = (a, b, c, dy, x, weight, bias, mean, rstd)
-            d_dy, dx, d_weight = double_backward(*tensors, ctx.rule)
+            operands = (a, b, c, dy, x, weight, bias, mean, rstd)
+            d_dy, dx, d_weight = double_backward(*operands, ctx.rule)
         need = ctx.needs_input_grad
         found = (d_dy if need[0] else None, dx if need[1] else None)
         return (*found, d_weight if need[2] else None, None, None, None, None)

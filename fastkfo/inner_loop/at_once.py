@@ -106,7 +106,10 @@ def in_one_call(
         found, parts = fused.outcome(fused.inputs(batch), settings.steps, settings.buffers)
         return found, [parts]
     way, leaves = Headed(fused, settings), loop.leaves(batch, None)
-    if torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want()):
+    # The head's parameters are not cut: what hooks them must not see a gradient twice.
+    hooked = any([x._backward_hooks for x in (*leaves.theta, *leaves.phi, *leaves.rates)])
+    graph = torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want())
+    if graph and not hooked:
         prompt = promptly(settings, leaves, batch, tasks, loop.habit, way)
         if prompt is not None:
             return prompt

@@ -14,6 +14,7 @@ from fastkfo.inner_loop.inner_loop import InnerLoop
 from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.model import TaskModel
+from fastkfo.inner_loop.prompt import in_flight
 from fastkfo.inner_loop.run import Run, features_alone
 from fastkfo.kernels import selector
 from fastkfo.optim.recognise import kind_of, kronecker_part
@@ -94,15 +95,15 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
 def _together(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
     """How many tasks are in flight."""
     habit = inner_loop.habit
-    size = habit.size(batch, tasks, inner_loop.memory)
-    if size < tasks:
-        yield (
-            f"in flight: {size} tasks, each with its gradient while it is in the processor's cache"
-        )
-    elif habit.why_not is not None:
-        yield f"in flight: {tasks} tasks, one graph ({habit.why_not})"
+    asked = batch._replace(x_q=batch.x_s) if batch.x_q is None else batch
+    size = in_flight(asked, tasks, inner_loop.memory)
+    alike = "in flight, with as many queries:"
+    if size == tasks:
+        yield f"{alike} {tasks} tasks"
+    elif habit.allows(inner_loop.leaves(batch, None)):
+        yield f"{alike} {size} tasks, each with its gradient while it is in the processor's cache"
     else:
-        yield f"in flight: {tasks} tasks"
+        yield f"{alike} {size} tasks, their graphs kept ({habit.why_not or 'float16'})"
 
 
 def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:

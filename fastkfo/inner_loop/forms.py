@@ -5,7 +5,6 @@ A form is a function of tensors `[T, ...]`; one without a task axis is shared, a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import (
+    TransformType,
     _add_batch_dim,
     get_unwrapped,
     is_batchedtensor,
@@ -34,16 +34,23 @@ Declined = tuple[None, tuple[Tensor, ...]]
 _KINDS = (torch.float32, torch.float64, *layers.LOW)
 
 
-def has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor, op: str = "layers") -> bool:
     """Whether layers of this tensor run on kernels of fastkfo's."""
-    return x.dtype in _KINDS and selector.select("auto", x.device, "layers") != "reference"
+    return x.dtype in _KINDS and selector.select("auto", x.device, op) != "reference"
 
 
-def described(x: Tensor, narrowed: bool = False) -> str:
+def mapped(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether vmap, and no other transform inside of it, maps some of the tensors."""
+    if not any([x is not None and is_batchedtensor(x) for x in tensors]):
+        return False
+    return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
+
+
+def described(x: Tensor, op: str = "layers", narrowed: bool = False) -> str:
     """In words, what a layer of this tensor runs on; `narrowed`: whether autocast applies to it."""
-    chosen = selector.select("auto", x.device, "layers")
-    x = _autocast([x])[0] if narrowed else x  # type: ignore[assignment]
-    wide = ", in float32" if x.dtype in layers.LOW and chosen == "native" else ""
+    chosen = selector.select("auto", x.device, op)
+    dtype = (_autocast([x])[0] if narrowed else x).dtype  # type: ignore[union-attr]
+    wide = ", in float32" if dtype in layers.LOW and chosen == "native" else ""
     return f"one {chosen} call for all tasks{wide}"
 
 
@@ -96,13 +103,15 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> tuple[Form, tuple[Tensor | None, ...]] | Declined:
-    """F.conv2d's form, unless its padding is a word or its images are not `[N, C, H, W]`."""
+    """F.conv2d's form, unless its padding is a word, or its images are not `[N, C, H, W]`."""
     if isinstance(padding, str) and padding != "valid":
         return None, (input,)
     if input.dim() != 4 or weight.dim() != 4:
         return None, (input,)
+    if groups != 1:  # PyTorch's kernels were as fast or faster, depthwise ten times
+        return None, (input,)
     pad = 0 if isinstance(padding, str) else padding
-    options = {"stride": stride, "padding": pad, "dilation": dilation, "groups": groups}
+    options = {"stride": stride, "padding": pad, "dilation": dilation}
     return partial(_conv2d, options), (input, weight, bias)
 
 
@@ -124,7 +133,7 @@ def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Form, tuple[Tensor | None, ...]] | Declined:
     """F.linear's form, unless a task has a single row."""
-    if input.dim() < 2:
+    if input.dim() < 2 or weight.dim() != 2:
         return None, (input,)
     return _linear, (input, weight, bias)
 
@@ -147,7 +156,8 @@ def layer_norm(
     """F.layer_norm's form, if all is of one precision."""
     others = [t for t in (weight, bias) if t is not None]
     rank = len(normalized_shape)
-    if any([t.dtype != input.dtype for t in others]) or input.dim() <= rank:
+    fits = tuple(normalized_shape) == tuple(input.shape[input.dim() - rank :])
+    if any([t.dtype != input.dtype for t in others]) or input.dim() <= rank or not fits:
         return None, (input,)
 
     def form(x: Tensor, *affine: Tensor | None) -> Tensor:
@@ -237,8 +247,15 @@ class NormCall:
             self.form = described(x)
             self.done = norm.Normed(x, weight, bias, self.eps)
             y, mean, var = self.done.result
-        else:
-            y, mean, var = reference.batch_norm(x, weight, bias, self.eps)
+            self._record(mean, var, x)
+            return y
+        return self.by_formula(x, weight, bias)
+
+    def by_formula(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same in plain PyTorch."""
+        if not self.training:
+            return self(x, weight, bias)
+        y, mean, var = reference.batch_norm(x, weight, bias, self.eps)
         self._record(mean, var, x)
         return y
 
@@ -270,23 +287,3 @@ class NormCall:
             self.buffers.record(self.mean, mean.unsqueeze(0), self.momentum)
             self.buffers.record(self.var, var.unsqueeze(0), self.momentum)
         return y
-
-
-class Norms:
-    """The results of batch norms, as long as they live, and the calls they are of."""
-
-    def __init__(self) -> None:
-        self._calls: dict[int, tuple[weakref.ref[Tensor], NormCall]] = {}
-
-    def remember(self, result: Tensor, call: NormCall) -> None:
-        """A call has returned this."""
-        if call.done is not None:
-            self._calls[id(result)] = (weakref.ref(result), call)
-
-    def of(self, x: Tensor) -> NormCall | None:
-        """The call that has returned x, if it is as it was then."""
-        found = self._calls.pop(id(x), None)
-        if found is None or found[0]() is not x:
-            return None
-        call = found[1]
-        return call if call.done is not None and call.done.untouched() else None

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastkfo.inner_loop import forms
-from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable
 from fastkfo.inner_loop.trees import map_tensors
 
 
@@ -36,20 +37,65 @@ class Interception(TorchFunctionMode):
     def __init__(self, buffers: TaskBuffers, second_order: bool, replaced: dict[str, str]) -> None:
         super().__init__()
         self.buffers, self.second_order, self.replaced = buffers, second_order, replaced
-        self.norms = forms.Norms()  # whose results a ReLU may follow
+        self.norms = Living()  # results of batch norms, which a ReLU may follow
+        self.copies = Living()  # what PyTorch would have made views
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func`, or what stands for it."""
         handler = _HANDLERS.get(func)
+        if self.copies and _writes(func, args, kwargs) and self.copies.of(args[0]) is not None:
+            raise Unbatchable("its forward writes to a view of a layer's result")
         if handler is None:
-            return _with_gaps(func, args, kwargs or {})
+            return self.plainly(func, args, kwargs or {})
         return handler(self, func, args, kwargs or {})
+
+    def plainly(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function; if it wants its images in another layout, on copies."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if not any([reason in str(error) for reason in _LAYOUT_ERRORS]):
+                raise
+        args, kwargs = map_tensors(lambda x: x.contiguous(), (args, kwargs))
+        return func(*args, **kwargs)
 
     def note(self, function: str, form: str) -> None:
         """Remember, for `explain`, what a function was given."""
         self.replaced[function] = form
+
+
+# What PyTorch says where it cannot do with images that lie channels last, under vmap or at all.
+_LAYOUT_ERRORS = ("view size is not compatible", "inside of vmap for memory_format")
+
+
+class Living:
+    """Tensors for as long as they live, and something about each."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._known)
+
+    def remember(self, x: Tensor, about: Any) -> None:
+        """Know something about x."""
+        key = id(x)
+        self._known[key] = (weakref.ref(x, lambda _: self._known.pop(key, None)), about)
+
+    def of(self, x: Any) -> Any:
+        """What is known about x, or None."""
+        found = self._known.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+
+def _writes(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a function may write to its first argument."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    return bool(args) and (in_place or any([x is True for x in args]) or bool(kwargs))
 
 
 def _attention(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -85,17 +131,18 @@ def _batch_norm_call(
         )
     call = forms.NormCall(mode.buffers, running_mean, running_var, training, momentum, eps)
     tensors = (input, weight, bias)
-    batched = any([x is not None and is_batchedtensor(x) for x in tensors])
-    if not batched and not mode.second_order and call.fits_kernel(*tensors):
-        return call.by_kernel(*tensors)
-    result: Tensor
-    if batched:
-        result = forms.out_of_vmap(call, *tensors)
-    else:
+    if not forms.mapped(tensors):
+        if any([x is not None and is_batchedtensor(x) for x in tensors]):
+            raise Unbatchable("a batch norm inside of another transform of torch.func")
+        if not mode.second_order and call.fits_kernel(*tensors):
+            return call.by_kernel(*tensors)
+        mode.note("F.batch_norm", call.form)
         rows = [None if x is None else x.unsqueeze(0) for x in tensors]
-        result = call(*rows).squeeze(0)  # type: ignore[arg-type]
+        return call.by_formula(*rows).squeeze(0)  # type: ignore[arg-type]
+    result = forms.out_of_vmap(call, *tensors)
     mode.note("F.batch_norm", call.form)
-    mode.norms.remember(result, call)
+    if call.done is not None:
+        mode.norms.remember(result, (call, torch.is_grad_enabled()))
     return result
 
 
@@ -104,77 +151,59 @@ def _relu(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> A
 
 
 def _relu_call(mode: Interception, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    call = None if inplace else mode.norms.of(input)
-    if call is None:
+    call, recorded = mode.norms.of(input) or (None, False)
+    as_then = recorded is torch.is_grad_enabled()
+    if inplace or call is None or not as_then or not call.done.untouched():
         return func(input, True) if inplace else func(input)
     mode.note("F.relu", "differentiated together with the batch norm before it")
-    if is_batchedtensor(input):
-        return forms.out_of_vmap(call.rectified, input)
-    return call.rectified(input).squeeze(0)
+    return forms.out_of_vmap(call.rectified, input)
 
 
-def _layer(form: Any, alone: bool = True) -> Callable[..., Any]:
-    """A handler that tries a form, which may decline by None.
-
-    Args:
-        form: of forms.py.
-        alone: whether it is also for one task by itself, where that is differentiated twice.
-
-    Returns:
-        The handler.
-    """
+def _layer(form: Any) -> Callable[..., Any]:
+    """A handler that tries a form, which may decline by None."""
 
     def handler(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call, tensors = form(*args, **kwargs)
-        batched = any([x is not None and is_batchedtensor(x) for x in tensors])
-        wanted = batched or (alone and mode.second_order)
-        if call is None or not wanted or not forms.has_kernels(tensors[0]):
-            return _with_gaps(func, args, kwargs)
-        mode.note(f"F.{func.__name__}", forms.described(tensors[0], func is F.conv2d))
-        if batched:
-            return forms.out_of_vmap(call, *tensors)
-        return call(*[None if x is None else x.unsqueeze(0) for x in tensors]).squeeze(0)
+        name = "layer_norm" if func is F.layer_norm else "layers"
+        if call is None or not forms.mapped(tensors) or not forms.has_kernels(tensors[0], name):
+            return mode.plainly(func, args, kwargs)
+        mode.note(f"F.{func.__name__}", forms.described(tensors[0], name, func is F.conv2d))
+        return forms.out_of_vmap(call, *tensors)
 
     return handler
 
 
 def _mean(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return _mean_call(func, *args, **kwargs)
-
-
-def _mean_call(func: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Any:
     """The mean of pixels as a sum: a mean's own derivative writes every pixel twice."""
-    axes = dim if isinstance(dim, (list, tuple)) else ()
-    pixels = input.dim() == 4 and sorted(d % 4 for d in axes) == [2, 3]
-    if kw or not pixels or input.dtype not in (torch.float32, torch.float64):
-        return func(input, dim, keepdim, **kw) if dim is not None else func(input, **kw)
-    return input.sum(dim, keepdim) / (input.shape[2] * input.shape[3])
+    x, *rest = args or (kwargs.get("input"),)
+    axes = rest[0] if rest else kwargs.get("dim")
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        return func(*args, **kwargs)
+    pixels = x.dim() == 4 and isinstance(axes, (list, tuple)) and sorted(axes) in _PIXELS
+    if not pixels or set(kwargs) - {"dim", "keepdim", "input"} or len(rest) > 2:
+        return func(*args, **kwargs)
+    keepdim = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
+    return x.sum(axes, keepdim) / (x.shape[2] * x.shape[3])
+
+
+_PIXELS = ([2, 3], [-2, -1], [-1, 2], [-2, 3])  # of [N, C, H, W]
 
 
 def _adaptive(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return _adaptive_call(func, *args, **kwargs)
-
-
-def _adaptive_call(func: Any, input: Tensor, output_size: Any) -> Any:
-    one = output_size == 1 or (isinstance(output_size, (list, tuple)) and set(output_size) == {1})
-    if not one or input.dim() != 4:
-        return func(input, output_size)
-    return _mean_call(torch.mean, input, (2, 3), True)
-
-
-# What PyTorch says where it cannot do with images that lie channels last, under vmap or at all.
-_LAYOUT_ERRORS = ("view size is not compatible", "inside of vmap for memory_format")
-
-
-def _with_gaps(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call a function; if it wants its images in another layout, on copies."""
-    try:
+    x, size = args if len(args) == 2 and not kwargs else (None, None)
+    one = size == 1 or (isinstance(size, (list, tuple)) and set(size) == {1})
+    if not one or not isinstance(x, Tensor) or x.dim() != 4:
         return func(*args, **kwargs)
-    except RuntimeError as error:
-        if not any([reason in str(error) for reason in _LAYOUT_ERRORS]):
-            raise
-    args, kwargs = map_tensors(lambda x: x.contiguous(), (args, kwargs))
-    return func(*args, **kwargs)
+    return _mean(mode, torch.mean, (x, (2, 3), True), {})
+
+
+def _view(mode: Interception, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What would be a view, had PyTorch's own layers returned the images."""
+    result = mode.plainly(func, args, kwargs)
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and not x.is_contiguous() and isinstance(result, Tensor):
+        mode.copies.remember(result, True)
+    return result
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -183,11 +212,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     Tensor.relu: _relu,
     F.conv2d: _layer(forms.conv2d),
-    F.linear: _layer(forms.linear, alone=False),
+    F.linear: _layer(forms.linear),
     F.layer_norm: _layer(forms.layer_norm),
     F.adaptive_avg_pool2d: _adaptive,
     F.max_pool2d: _layer(forms.max_pool2d),
     F.avg_pool2d: _layer(forms.avg_pool2d),
+    Tensor.view: _view,
+    Tensor.flatten: _view,
+    torch.flatten: _view,
+    Tensor.reshape: _view,
+    torch.reshape: _view,
     Tensor.mean: _mean,
     torch.mean: _mean,
     F.scaled_dot_product_attention: _attention,

@@ -78,8 +78,10 @@ class TaskModel:
             if self.way == "each":
                 return self._one_by_one(theta, second_order, args, kwargs)
             if self.layers is not None and _is_one_batch(args, kwargs):
-                return self._chained(self.layers, theta, args[0])
-            return self._vmapped(theta, second_order, args, kwargs)
+                outputs = self._chained(self.layers, theta, args[0])
+            else:
+                outputs = self._vmapped(theta, second_order, args, kwargs)
+            return map_tensors(lambda x: x.contiguous(), outputs)  # as PyTorch's layers lie
         finally:
             self.slots.put(old)
 

@@ -15,7 +15,7 @@ from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.memory import check_differentiated_once, pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
-from fastkfo.inner_loop.prompt import Habit, Prompt, Stray, Unrolled
+from fastkfo.inner_loop.prompt import Habit, Prompt, Stray, Unrolled, in_flight
 from fastkfo.inner_loop.run import Outcome, Run, Settings
 
 Found = tuple[Outcome, list[list[TaskBuffers]]]
@@ -45,8 +45,9 @@ def run_pieces(
         What came of it, and every piece's buffers, not committed yet.
     """
     graph = torch.is_grad_enabled() and batch.y_q is not None and any(leaves.want())
-    if graph and not again and not settings.each and size == tasks:
-        found = promptly(settings, leaves, batch, tasks, habit, Unrolled())
+    if not again and not settings.each and size == tasks:
+        size = in_flight(batch, tasks, settings.memory)
+        found = promptly(settings, leaves, batch, tasks, habit, Unrolled()) if graph else None
         if found is not None:
             return found
     if graph and again and size < tasks:
@@ -61,9 +62,9 @@ def run_pieces(
 def promptly(
     settings: Settings, leaves: Leaves, batch: Batch, tasks: int, habit: Habit, way: Unrolled
 ) -> Found | None:
-    """Run T tasks, a few at a time, each with its gradient; None if they are better run at once."""
-    size = habit.size(batch, tasks, settings.memory)
-    if size < tasks:
+    """Run T tasks, a few at a time, each with its gradient; None if that is not to be."""
+    size = in_flight(batch, tasks, settings.memory)
+    if size < tasks and habit.allows(leaves):
         try:
             return _by(Prompt, (habit, way), settings, leaves, batch, tasks, size)
         except Stray:

@@ -3,7 +3,7 @@
 A graph of all tasks lies in memory that nobody has touched before, and touching it takes as long as
 the arithmetic. So the gradient is computed with the loss, for a cotangent of 1 of every task's;
 gradients are linear in cotangents, and that of a sum or a mean is a multiple of it. For cotangents
-that are not equal the pieces run again, and the inner loop keeps one graph from then on.
+that are not equal the pieces run again; where that happens often, their graphs are kept instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from fastkfo.inner_loop.memory import pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
 from fastkfo.inner_loop.run import Outcome, Run, fills_a_cache
 
+IN_FLIGHT = 2  # large tasks, whatever the number of threads: random draws depend on it
+MISSES = 3  # second runs, after which graphs are kept
+
+
+def in_flight(batch: Batch, tasks: int, memory: str) -> int:
+    """How many tasks run together: all, unless they are large, on a CPU, their graph whole."""
+    large = memory == "full" and fills_a_cache(batch)
+    return min(tasks, IN_FLIGHT) if large else tasks
+
 
 class Habit:
     """Whether an inner loop computes gradients with losses, until that turns out not to pay.
@@ -32,12 +41,19 @@ class Habit:
 
     def __init__(self) -> None:
         self.why_not: str | None = None
+        self.misses = 0
 
-    def size(self, batch: Batch, tasks: int, memory: str) -> int:
-        """How many tasks run together: all, unless they are large, on a CPU, their graph whole."""
-        if self.why_not is not None or memory != "full" or not fills_a_cache(batch):
-            return tasks
-        return min(tasks, max(2, torch.get_num_threads()))
+    def miss(self) -> None:
+        """A gradient was of no use."""
+        self.misses += 1
+        if self.misses >= MISSES:
+            self.why_not = "its losses had unequal weights, or were differentiated twice"
+
+    def allows(self, leaves: Leaves) -> bool:
+        """Whether a cotangent of 1 will do: not in float16, where it is scaled for a reason."""
+        half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
+        halves = any([x.dtype == torch.float16 for x in leaves.flat()])
+        return self.why_not is None and not half and not halves
 
 
 class Unrolled:
@@ -106,10 +122,10 @@ class Prompt(Function):
         if cotangent is None:
             return (*nothing, *[None] * (len(ctx.needs_input_grad) - 6))
         differentiable = torch.is_grad_enabled()
+        leaves = ctx.shape.like(ctx.saved_tensors)  # raises if they were changed or let go of
         if not differentiable and bool((cotangent == cotangent[0]).all()):
             return (*nothing, *[g if g is None else g * cotangent[0] for g in ctx.gradients])
-        ctx.habit.why_not = "its losses had unequal weights, or were differentiated twice"
-        leaves = ctx.shape.like(ctx.saved_tensors)
+        ctx.habit.miss()
         sums = Sums(leaves)
         for piece, before in zip(ctx.pieces, ctx.before, strict=True):
             own = ctx.way.own(piece, leaves, differentiable)

@@ -55,3 +55,8 @@ def parameters(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """A norm's other operands as the raw ops take them, in the precision that statistics have."""
     kind = torch.float32 if x.dtype in LOW else x.dtype
     return [None if t is None else t.to(kind).contiguous() for t in tensors]
+
+
+def widened(*tensors: Tensor | None) -> list[Any]:
+    """For the formula, which sums in the precision of its operands."""
+    return [t.float() if isinstance(t, Tensor) and t.dtype in LOW else t for t in tensors]

@@ -27,7 +27,8 @@ def select(implementation: str, device: torch.device, op: str = "") -> str:
     """The implementation to run: "native", "triton" or "reference".
 
     "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
-    otherwise takes the fastest that is there. A name never degrades to another.
+    otherwise takes the fastest that is there. A name never degrades to another; only in the
+    variable, "triton" is for those ops that have such kernels.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.
@@ -58,6 +59,8 @@ def _select(implementation: str, device: str, op: str) -> str:
     if implementation == "auto":
         implementation = os.environ.get("FASTKFO_IMPLEMENTATION") or "auto"
         name = "FASTKFO_IMPLEMENTATION"
+        if implementation == "triton" and op not in IN_TRITON:
+            implementation = "auto"  # a process cannot have all ops in Triton
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     why = unavailable("native", device, op)

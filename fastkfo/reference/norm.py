@@ -14,8 +14,6 @@ and, for cotangents a, b, c of dx, dγ, dβ, with A1 = Σ a, A2 = Σ a x̂, A3 =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -122,32 +120,100 @@ def layer_norm_backward(
     return dx, (dy * normal).sum(1), dy.sum(1)
 
 
-def vjp(
-    function: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """A formula's vector-Jacobian product, differentiable again.
+def batch_norm_double_backward(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of dy, x and γ, for a, b, c, those of dx, dγ, dβ; differentiable in all.
 
     Args:
-        function: the formula.
-        inputs: of it. They may depend on each other; the derivative is as if they did not.
-        cotangents: of what it returns, None for zero.
+        a: of x's shape.
+        b: `[T, C]`, or None for zero.
+        c: likewise.
+        dy: as of `batch_norm_backward`, and so are the others.
+        x: see there.
+        weight: see there.
+        bias: see there.
+        eps: see there.
+        relu: see there.
 
     Returns:
-        One per input, None where none is wanted.
+        Of x's shape, of x's shape, and `[T, C]`.
     """
-    kind = next(c.dtype for c in inputs if c is not None)
-    wide = torch.float32 if kind in (torch.bfloat16, torch.float16) else kind
-    near = [None if t is None else t.view_as(t) for t in inputs]
-    outputs = function(*[None if t is None else t.to(wide) for t in near])
-    pairs = [(o, v.to(wide)) for o, v in zip(outputs, cotangents, strict=True) if v is not None]
-    live = [t for t in near if t is not None and t.requires_grad]
-    values, directions = zip(*pairs, strict=True)
-    found = iter(
-        torch.autograd.grad(values, live, directions, create_graph=True, allow_unused=True)
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in near]
+    dims = (1, *range(3, x.dim()))
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    r = torch.rsqrt(var + eps)
+    normal = (x - mean) * r
+    scale = r if weight is None else r * per_channel(weight, x)
+    live = torch.ones_like(x)
+    if relu:
+        live = (~(normalise(x, mean, var, weight, bias, eps) <= 0)).to(x.dtype)
+    dz = dy * live
+
+    def average(value: Tensor) -> Tensor:
+        return value.mean(dims, keepdim=True)
+
+    s1, s2, a1, a2 = average(dz), average(dz * normal), average(a), average(a * normal)
+    g = average(a * dz) - a1 * s1 - a2 * s2
+    q = -scale * a2 if b is None else per_channel(b, x) - scale * a2
+    h = q * dz - scale * s2 * a
+    d_dy = scale * (a - a1) + q * normal + (0.0 if c is None else per_channel(c, x))
+    dx = r * (h - average(h) - normal * average(h * normal)) - r * scale * normal * g
+    n = x.numel() // max(g.numel(), 1)
+    return live * d_dy, dx, (r * g * n).flatten(1)
+
+
+def layer_norm_double_backward(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of `layer_norm_backward`.
+
+    Args:
+        a: `[T, R, D]`, of dx.
+        b: `[T, D]`, of dγ, or None for zero.
+        c: `[T, D]`, of dβ, or None for zero.
+        dy: as of `layer_norm_backward`, and so are the others.
+        x: see there.
+        weight: see there.
+        eps: see there.
+
+    Returns:
+        `[T, R, D]`, `[T, R, D]` and `[T, D]`.
+    """
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    r = torch.rsqrt(var + eps)
+    normal = (x - mean) * r
+    weights = 1.0 if weight is None else weight.unsqueeze(1)
+    g = dy * weights
+
+    def average(value: Tensor) -> Tensor:
+        return value.mean(-1, keepdim=True)
+
+    s1, s2, a1, a2 = average(g), average(g * normal), average(a), average(a * normal)
+    slope = average(a * g) - a1 * s1 - a2 * s2
+    dg = r * (a - a1 - normal * a2)
+    h = -r * (a * s2 + g * a2)
+    d_dy = dg * weights
+    if b is not None:
+        h = h + b.unsqueeze(1) * dy
+        d_dy = d_dy + b.unsqueeze(1) * normal
+    if c is not None:
+        d_dy = d_dy + c.unsqueeze(1)
+    dx = r * (h - average(h) - normal * average(h * normal)) - r * r * normal * slope
+    return d_dy, dx, (dy * dg).sum(1)
 
 
 def normalise(

@@ -30,21 +30,21 @@ def batch_norm(
         relu: whether negative results become zero.
 
     Returns:
-        y, of x's shape and dtype; mean and rstd, `[T, C]`, float32 (float64 for float64).
+        y, of x's shape and dtype; mean and var, `[T, C]`, float32 (float64 for float64).
     """
     launch.check(x=x, weight=weight, bias=bias)
     y = x.new_empty(x.shape)
     mean = x.new_empty(x.shape[0], x.shape[2], dtype=launch.accumulator(x.dtype))
-    rstd = x.new_empty(mean.shape, dtype=mean.dtype)
+    var = x.new_empty(mean.shape, dtype=mean.dtype)
     if x.numel() == 0:
-        return y, mean.zero_(), rstd.zero_()
+        return y, mean.zero_(), var.zero_()
     plan = _Plan("norm", x, 2)
     plan.run(kernels.stats_kernel, x, plan.parts)
     plan.run(
-        kernels.normalise_kernel, x, weight, bias, plan.parts, y, mean, rstd,
+        kernels.normalise_kernel, x, weight, bias, plan.parts, y, mean, var,
         EPS=eps, RELU=relu, CHUNKS=plan.chunks,
     )  # fmt: skip
-    return y, mean, rstd
+    return y, mean, var
 
 
 def batch_norm_backward(
@@ -65,7 +65,7 @@ def batch_norm_backward(
         dy: `[T, P, C]`.
         x: `[T, P, C]`.
         mean: `[T, C]`, as `batch_norm` returned it.
-        rstd: `[T, C]`, as `batch_norm` returned it.
+        rstd: `1/√(var + eps)`, `[T, C]`.
         weight: γ, `[T, C]`, or None for one.
         bias: β, `[T, C]`, or None for zero.
         relu: as in `batch_norm`.
@@ -114,7 +114,7 @@ def batch_norm_double_backward(
         dy: `[T, P, C]`.
         x: `[T, P, C]`.
         mean: `[T, C]`, as `batch_norm` returned it.
-        rstd: `[T, C]`, as `batch_norm` returned it.
+        rstd: `1/√(var + eps)`, `[T, C]`.
         weight: γ, `[T, C]`, or None for one.
         bias: β, `[T, C]`, or None for zero.
         relu: as in `batch_norm`.

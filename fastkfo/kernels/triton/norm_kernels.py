@@ -91,7 +91,7 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def normalise_kernel(
-    x, weight, bias, parts, y, mean_out, rstd_out, P, C,
+    x, weight, bias, parts, y, mean_out, var_out, P, C,
     EPS: tl.constexpr, RELU: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,8 @@ def normalise_kernel(
     mean = tl.sum(counts * means, axis=0)[None, :] / n
     between = tl.sum(counts * (means - mean) * (means - mean), axis=0)[None, :]
     mean += tl.load(x + task * P * C + c, mask=c < C, other=0.0).to(ACC)
-    rstd = tl.rsqrt((_total(parts, 1, 2, task, c, C, CHUNKS) + between) / n + EPS)
+    var = (_total(parts, 1, 2, task, c, C, CHUNKS) + between) / n
+    rstd = tl.rsqrt(var + EPS)
     gamma = _channel(weight, at, c < C, 1.0, ACC, BLOCK_C)
     beta = _channel(bias, at, c < C, 0.0, ACC, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)[:, None]
@@ -118,7 +119,7 @@ def normalise_kernel(
         tl.store(y + first + (p * C + c), z.to(y.dtype.element_ty), mask=ok)
     if tl.program_id(0) == 0:
         tl.store(mean_out + at, mean, mask=c < C)
-        tl.store(rstd_out + at, rstd, mask=c < C)
+        tl.store(var_out + at, var, mask=c < C)
 
 
 @triton.jit
