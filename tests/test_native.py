@@ -10,6 +10,8 @@ import pytest
 
 from tests.cases import HAS_NATIVE, needs_native
 
+pytestmark = pytest.mark.slow  # not once more on the reference: each sets its own environment
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("FASTKFO_LIBRARY", "FASTKFO_IMPLEMENTATION", "FASTKFO_COMPILE")
 needs_prebuilt = pytest.mark.skipif(
@@ -122,17 +124,19 @@ print(selector.select("auto", x.device))
     assert python(code, FASTKFO_IMPLEMENTATION=name, **library) == expected
 
 
-@pytest.mark.parametrize("name", ["cuda", "Reference", "native ", "none"])
-def test_unknown_implementation_from_the_environment(name):
+def test_unknown_implementation_from_the_environment():
     code = """
-for op in (kron_transform, gram):
-    message = raised(ValueError, op, [x])
-    assert "FASTKFO_IMPLEMENTATION" in message and "NAME" in message, message
-(u,) = kron_transform([x], implementation="reference")
-print(fastkfo.backends())
+import os
+for name in ("cuda", "Reference", "native ", "none"):
+    os.environ["FASTKFO_IMPLEMENTATION"] = name
+    selector.reset()
+    for op in (kron_transform, gram):
+        message = raised(ValueError, op, [x])
+        assert "FASTKFO_IMPLEMENTATION" in message and name in message, message
+    (u,) = kron_transform([x], implementation="reference")
+    assert "FASTKFO_IMPLEMENTATION" in repr(fastkfo.backends())
 """
-    code = code.replace("NAME", name)
-    assert "FASTKFO_IMPLEMENTATION" in python(code, FASTKFO_IMPLEMENTATION=name)
+    python(code, FASTKFO_IMPLEMENTATION="cuda")
 
 
 def test_unavailable_implementation_from_the_environment():
@@ -143,8 +147,16 @@ for op in (kron_transform, gram):
 (u,) = kron_transform([x], implementation="reference")
 """
     python(code, FASTKFO_IMPLEMENTATION="native", FASTKFO_LIBRARY="/nonexistent")
-    python(code.replace("native", "triton").replace("/nonexistent", "triton"),
-           FASTKFO_IMPLEMENTATION="triton")  # fmt: skip
+
+
+def test_triton_from_the_environment_is_for_ops_that_have_it():
+    code = """
+(u,) = kron_transform([x])
+images, pool = x[None, None, None], fastkfo.functional.max_pool2d
+message = raised(fastkfo.ImplementationUnavailable, pool, images, 1)
+assert "FASTKFO_IMPLEMENTATION='triton'" in message, message
+"""
+    python(code, FASTKFO_IMPLEMENTATION="triton", TRITON_INTERPRET="0")
 
 
 def test_an_argument_precedes_the_environment():
@@ -152,7 +164,7 @@ def test_an_argument_precedes_the_environment():
 gram([x], implementation="reference")
 raised(fastkfo.ImplementationUnavailable, gram, [x])
 """
-    python(code, FASTKFO_IMPLEMENTATION="triton")
+    python(code, FASTKFO_IMPLEMENTATION="native", FASTKFO_LIBRARY="/nonexistent")
 
 
 def test_reset_reads_the_environment_again():
@@ -215,7 +227,6 @@ def test_broken_prebuilt_library_without_sources(tmp_path):
     assert "csrc" in explained  # both causes
 
 
-@pytest.mark.slow
 def test_sources_that_do_not_compile(tmp_path):
     copy_without_library(tmp_path)
     library = tmp_path / "csrc" / "library.cpp"
@@ -227,11 +238,14 @@ def test_sources_that_do_not_compile(tmp_path):
     assert "error" in explained.lower()
 
 
-@pytest.mark.slow
 @needs_native
 def test_compiled_on_first_use(tmp_path):
     """Once: a second process finds the library in torch's cache of extensions."""
     copy_without_library(tmp_path)
+    flags = tmp_path / "fastkfo" / "kernels" / "build_flags.py"
+    text = flags.read_text()
+    assert '"-O3"' in text
+    flags.write_text(text.replace('"-O3"', '"-O0"'))  # in a quarter of the time
     code = """
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -138,8 +138,8 @@ class LayerNormBackward(Function):
             return (None,) * 6
         a = torch.zeros_like(x) if a is None else a
         if differentiated(a, b, c, dy, x, weight):
-            wide: Any = layers.widened(a, b, c, dy, x, weight)
-            d_dy, dx, d_weight = reference.layer_norm_double_backward(*wide, eps=ctx.rule.eps)
+            wide: Any = [*layers.widened(a, b, c, dy, x, weight), ctx.rule.eps]
+            d_dy, dx, d_weight = reference.layer_norm_double_backward(*wide)
         else:
             operands = (a.contiguous(), *layers.parameters(x, b, c), dy.contiguous())
             rest = (x.contiguous(), mean, rstd, *layers.parameters(x, weight))

@@ -269,9 +269,9 @@ class BatchNormBackward(Function):
             return (None,) * 7
         a = torch.zeros_like(x) if a is None else a
         if differentiated(a, b, c, dy, x, weight):
-            rule = {"eps": ctx.rule.eps, "relu": ctx.rule.relu}
-            wide: Any = layers.widened(a, b, c, dy, x, weight, bias)
-            d_dy, dx, d_weight = reference.batch_norm_double_backward(*wide, **rule)
+            rule = (ctx.rule.eps, ctx.rule.relu)
+            wide: Any = [*layers.widened(a, b, c, dy, x, weight, bias), *rule]
+            d_dy, dx, d_weight = reference.batch_norm_double_backward(*wide)
         else:
             operands = (a, b, c, dy, x, weight, bias, mean, rstd)
             d_dy, dx, d_weight = double_backward(*operands, ctx.rule)
