@@ -7,7 +7,9 @@ or "tasks" (one per task).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,19 @@ def skip_unless_available(implementation: str, device: torch.device) -> None:
     why = selector.unavailable(implementation, device.type)
     if why:
         pytest.skip(why)
+
+
+def every_fifth(*axes: Iterable[Any]) -> list[Any]:
+    """Rows of the axes' product for parametrize, of which the second pass takes one in five.
+
+    Where what the other rows add is the same on the reference. Every value is in some row that it
+    takes, which wants axes of no multiple of five values, and some dozens of rows.
+    """
+    rows = list(itertools.product(*axes))
+    for axis, taken in zip(axes, zip(*rows[::5], strict=True), strict=True):
+        assert set(axis) == set(taken)
+    slow = pytest.mark.slow
+    return [pytest.param(*row, marks=[slow] if k % 5 else []) for k, row in enumerate(rows)]
 
 
 @dataclasses.dataclass(frozen=True)

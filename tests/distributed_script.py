@@ -38,13 +38,15 @@ def gradients(path, options):
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    path, options = json.loads(sys.argv[1])
-    grads, reductions = gradients(path, options)
-    of_all = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, grads)
+    every = {}
+    for name, (path, options) in json.loads(sys.argv[1]).items():
+        grads, reductions = gradients(path, options)
+        of_all = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, grads)
+        agree = of_all[0] == of_all[1]
+        every[name] = {"grads": grads, "agree": agree, "reductions": reductions}
     if dist.get_rank() == 0:
-        found = {"grads": grads, "agree": of_all[0] == of_all[1], "reductions": reductions}
-        print("found " + json.dumps(found), flush=True)
+        print("found " + json.dumps(every), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # not through torch's own threads' end, which aborts now and then

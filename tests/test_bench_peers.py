@@ -30,9 +30,17 @@ def gradient(name, problem):
         prepared.close()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("workload", ["sine-mlp", "anil-head", "omniglot-fc", "omniglot-cnn",
-                                      "anil-cifarfs"])  # fmt: skip
+# The second pass takes each workload and each method once.
+@pytest.mark.parametrize(
+    ("workload", "method"),
+    [
+        pytest.param(workload, method, marks=[pytest.mark.slow] if i != j else [])
+        for i, workload in enumerate(
+            ["sine-mlp", "anil-head", "omniglot-fc", "omniglot-cnn", "anil-cifarfs"]
+        )
+        for j, method in enumerate(METHODS)
+    ],
+)
 def test_peers_equal_learn2learn(workload, method):
     problem = small(workload, method)
     oracle = gradient("learn2learn", problem)
@@ -107,6 +115,7 @@ def read_with(monkeypatch, wrong, method):
     return row.read(problem, ["learn2learn", "fastkfo", "wrong"], 0.0, CEILINGS)["peers"]
 
 
+@pytest.mark.slow
 def test_gate_refuses_a_transposed_factor(monkeypatch):
     entries = read_with(monkeypatch, Transposed(), "kfo")
     assert entries["fastkfo"]["status"] == "ok"
@@ -142,6 +151,7 @@ class WrongLater(Transposed):
         return prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [WrongInFloat32, WrongLater])
 def test_what_is_timed_is_gated_too(wrong, monkeypatch):
     entries = read_with(monkeypatch, wrong(), "kfo")
@@ -169,6 +179,7 @@ class FailsAt(Transposed):
         raise RuntimeError("the worker died")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["seconds", "peak_bytes", "launches"])
 def test_who_fails_later_takes_nobody_along(what, monkeypatch):
     entries = read_with(monkeypatch, FailsAt(what), "maml")
@@ -179,13 +190,14 @@ def test_who_fails_later_takes_nobody_along(what, monkeypatch):
     assert entries["fastkfo"]["launches"] > 0
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_depend_on_what_grad_holds():
     problem = Problem.named("omniglot-fc", "kfo", tasks=1, steps=1, width=1024)
     prepared = peer("fastkfo").prepare(problem)
     prepared.gradient()
-    first = prepared.peak_bytes()
-    assert prepared.peak_bytes() == pytest.approx(first, rel=0.1)
+    first, second = prepared.peak_bytes(), prepared.peak_bytes()
     size = sum(g.nbytes for g in prepared.gradient().values())
+    assert abs(second - first) < size / 2
     assert first > size
 
 

@@ -1,4 +1,4 @@
-"""Every instruction set: the matrix kernel, BLAS where the baseline leaves products to it, layers."""
+"""Every instruction set: the matrix kernel, BLAS where the baseline leaves it products, layers."""
 
 import os
 import subprocess

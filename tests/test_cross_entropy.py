@@ -296,9 +296,10 @@ def raw(*operands):
 
 @needs_native
 @every_dtype
-@every_shape
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "tasks_last"])
-def test_opcheck(shape, layout, dtype):
+@pytest.mark.parametrize("name", SHAPES)
+def test_opcheck(name, dtype):
+    k = list(SHAPES).index(name) + (dtype == torch.float64)
+    shape, layout = SHAPES[name], ("contiguous", "transposed", "tasks_last")[k % 3]
     z, y = build(shape, dtype, layout=layout)
     torch.library.opcheck(torch.ops.fastkfo.cross_entropy, (z.detach(), y))
     _, p, residual = raw(z.detach(), y)

@@ -22,21 +22,30 @@ NAMES = {"f": "float32", "d": "float64"}
 
 
 def compiled():
-    """What ptxas says: (GPU, kernel, dtype, registers, stack, spilled bytes) per kernel."""
-    csrc = build_flags.csrc_folder()
-    include = Path(torch.__file__).parent / "include"
+    """What ptxas says: (GPU, kernel, dtype, registers, stack, spilled bytes) per kernel.
+
+    Two processes at a time: nvcc's own threads take turns.
+    """
+    first, *others = build_flags.CUDA_ARCHITECTURES
     rows = []
-    for source in build_flags.cuda_sources(csrc):
+    for source in build_flags.cuda_sources(build_flags.csrc_folder()):
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                "nvcc", "-c", source, "-o", f"{folder}/object.o", "--threads", "2",
-                *build_flags.NVCC_FLAGS, *build_flags.CUDA_ARCHITECTURES, "-Xptxas", "-v",
-                f"-I{csrc}", f"-I{include}",
-            ]  # fmt: skip
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        rows += read(run.stderr)
+            logs = [Path(folder, name) for name in ("first.log", "others.log")]
+            runs = [start(source, *x) for x in zip(logs, ([first], others), strict=True)]
+            for run, log in zip(runs, logs, strict=True):
+                assert run.wait() == 0, log.read_text()[-3000:]
+                rows += read(log.read_text())
     return sorted(rows)
+
+
+def start(source, log, architectures):
+    csrc, include = build_flags.csrc_folder(), Path(torch.__file__).parent / "include"
+    command = [
+        "nvcc", "-c", source, "-o", str(log.with_suffix(".o")), *build_flags.NVCC_FLAGS,
+        *architectures, "-Xptxas", "-v", f"-I{csrc}", f"-I{include}",
+    ]  # fmt: skip
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def read(log):

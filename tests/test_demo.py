@@ -121,6 +121,7 @@ def send_at(monkeypatch, name, call, number, when=lambda *args: True):
     monkeypatch.setattr(Run, name, wrapper)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
@@ -181,6 +182,7 @@ def test_second_interrupt_quits_at_once():
     assert result.stdout.split() == ["SIGINT", "130"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_divergence_is_reported(where, tmp_path, monkeypatch):
     original = Run.meta_gradient

@@ -7,6 +7,8 @@ from sklearn.datasets import load_digits
 from fastkfo.tasks import DigitTasks, Episodes
 from fastkfo.tasks.digits import SPLITS
 
+pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
+
 SPLIT_NAMES = tuple(SPLITS)
 
 

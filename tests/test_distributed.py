@@ -15,6 +15,11 @@ from tests.batches import batch, learner
 from tests.distributed_script import STEPS, TASKS
 from tests.models import assert_close
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+]
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {
     "full": ({}, {}),
@@ -23,18 +28,23 @@ CASES = {
 }
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize(("path", "options"), CASES.values(), ids=CASES)
-def test_two_processes_are_one(path, options):
+@pytest.fixture(scope="module")
+def two_processes():
+    """What two processes find for every case: they are started once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "tests.distributed_script", json.dumps([path, options])],
+        [*command, "-m", "tests.distributed_script", json.dumps(CASES)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [x for x in done.stdout.splitlines() if x.startswith("found ")]
-    found = json.loads(line.removeprefix("found "))
+    return json.loads(line.removeprefix("found "))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(two_processes, name):
+    found, (path, options) = two_processes[name], CASES[name]
     assert found["agree"]
     assert found["reductions"] == 1
 

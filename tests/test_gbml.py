@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastkfo
+from tests.cases import every_fifth
 from tests.models import (
     LR,
     STEPS,
@@ -76,10 +77,12 @@ def oracle(name, transform, **options):
     return meta_iteration(learner, name)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "lstm"])
-def test_equals_learn2learn(name, transform, options):
+@pytest.mark.parametrize(
+    ("name", "transform", "option"),
+    every_fifth(["mlp", "cnn", "tied", "lstm"], TRANSFORMS, OPTIONS),
+)
+def test_equals_learn2learn(name, transform, option):
+    options = OPTIONS[option]
     learner = learner_of(fastkfo, name, transform, **options)
     if transform == "none":  # with nothing to adapt, learn2learn's adapt_transform crashes
         options = {**options, "adapt_transform": False}
@@ -93,18 +96,24 @@ def test_equals_learn2learn_on_a_gru(transform, options):
     assert_same(meta_iteration(learner, "gru"), oracle("gru", transform, **options))
 
 
-@pytest.mark.parametrize("where", ["init", "clone", "adapt"])
-@pytest.mark.parametrize("options", list(OPTIONS.values())[:3], ids=list(OPTIONS)[:3])
-@pytest.mark.parametrize("transform", ["kron-psd-bias", "curvature", "module", "dictionary"])
+ALLOW = {
+    "unused": {"allow_unused": True},
+    "frozen": {"allow_nograd": True, "allow_unused": True},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "allow"),
-    [
-        ("unused", {"allow_unused": True}),
-        ("frozen", {"allow_nograd": True, "allow_unused": True}),
-    ],
-    ids=["unused", "frozen"],
+    ("name", "transform", "option", "where"),
+    every_fifth(
+        ALLOW,
+        ["kron-psd-bias", "curvature", "module", "dictionary"],
+        list(OPTIONS)[:3],
+        ["init", "clone", "adapt"],
+    ),
 )
-def test_unused_and_frozen(name, allow, transform, options, where):
+def test_unused_and_frozen(name, transform, option, where):
+    allow, options = ALLOW[name], OPTIONS[option]
+
     def run(lib):
         init = {**options, **(allow if where == "init" else {})}
         learner = learner_of(lib, name, transform, **init)

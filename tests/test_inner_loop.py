@@ -1,5 +1,7 @@
 """`InnerLoop` against learn2learn's loop, in float64: every path, model, order and transform."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 import fastkfo
 from tests.batches import batch, by_inner_loop, learner, no_warnings, oracle, without_zeros
+from tests.cases import every_fifth
 from tests.models import (
     CLASSES,
     LR,
@@ -43,7 +46,6 @@ NAMES = ["mlp", "cnn", "transformer", "tied", "unused", "frozen", "lstm", "scala
 # Small models are fused by default; these say so of both ways.
 NAMED = PATHS | {"batched": {"backend": "batched"}}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def check(found, want):
@@ -52,25 +54,31 @@ def check(found, want):
     assert_same(found, want._replace(grads=grads))
 
 
+def every_model():
+    """Every model with every order on every path, with one of the sizes.
+
+    They are dealt out such that any two of the four meet every value of the other two.
+    """
+    for (n, name), (o, option), (p, path) in itertools.product(
+        enumerate(NAMES), enumerate(OPTIONS), enumerate(PATHS)
+    ):
+        yield name, option, path, *SIZES[(n + o + p) % len(SIZES)]
+
+
 @pytest.mark.slow
-@every_path
-@every_option
-@pytest.mark.parametrize(("tasks", "steps"), SIZES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "option", "path", "tasks", "steps"), list(every_model()))
 @pytest.mark.filterwarnings("ignore:fastkfo. tasks run one after the other")
-def test_every_model(name, tasks, steps, options, path):
-    if name not in ("mlp", "cnn") and (tasks, steps) in SIZES[1:4]:
-        pytest.skip("covered by two models")
-    found = by_inner_loop(name, "kron-psd", tasks, steps, path, **options)
+def test_every_model(name, option, path, tasks, steps):
+    options = OPTIONS[option]
+    found = by_inner_loop(name, "kron-psd", tasks, steps, PATHS[path], **options)
     check(found, oracle(name, "kron-psd", tasks, steps, **options))
 
 
-@pytest.mark.parametrize("path", NAMED.values(), ids=NAMED)
-@every_option
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_every_transform(transform, options, path):
+@pytest.mark.parametrize(("transform", "option", "path"), every_fifth(TRANSFORMS, OPTIONS, NAMED))
+def test_every_transform(transform, option, path):
+    options = OPTIONS[option]
     with no_warnings():
-        found = by_inner_loop("mlp", transform, 4, 3, path, **options)
+        found = by_inner_loop("mlp", transform, 4, 3, NAMED[path], **options)
     check(found, oracle("mlp", transform, 4, 3, **options))
 
 

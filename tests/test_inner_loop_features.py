@@ -1,4 +1,7 @@
-"""A feature extractor for all samples at once, and task after task: the same numbers."""
+"""A feature extractor for all samples at once, and task after task: the same numbers.
+
+Task after task it goes on PyTorch's kernels alone.
+"""
 
 import copy
 
@@ -8,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastkfo
-from fastkfo.inner_loop import run
+from fastkfo.inner_loop import forms, run
+from tests.cases import needs_native
 
 
 def pieces(norm):
@@ -27,6 +31,13 @@ def data(tasks=4):
     return x[0], y[0], x[1], y[1]
 
 
+def go_alone(monkeypatch, large):
+    """Task after task if a task has as many numbers."""
+    monkeypatch.setattr(run, "LARGE_TASK", large)
+    if large == 1:
+        monkeypatch.setattr(forms, "has_kernels", lambda x: False)
+
+
 @pytest.mark.parametrize("backend", ["auto", "batched"])
 @pytest.mark.parametrize(
     "norm",
@@ -42,7 +53,7 @@ def data(tasks=4):
 def test_task_after_task_is_the_same(norm, backend, monkeypatch, capsys):
     found = []
     for large in (1 << 15, 1):
-        monkeypatch.setattr(run, "LARGE_TASK", large)
+        go_alone(monkeypatch, large)
         features, learner = copy.deepcopy(pieces(norm))
         loop = fastkfo.InnerLoop(learner, F.cross_entropy, 3, features=features, backend=backend)
         fastkfo.explain(loop, *data()[:2])
@@ -56,7 +67,7 @@ def test_task_after_task_is_the_same(norm, backend, monkeypatch, capsys):
 
 
 def test_a_task_that_is_not_finite_stays_alone(monkeypatch):
-    monkeypatch.setattr(run, "LARGE_TASK", 1)
+    go_alone(monkeypatch, 1)
     features, learner = pieces(nn.BatchNorm2d)
     loop = fastkfo.InnerLoop(learner, F.cross_entropy, 2, features=features)
     x_s, y_s, x_q, y_q = data()
@@ -65,3 +76,12 @@ def test_a_task_that_is_not_finite_stays_alone(monkeypatch):
     assert out.finite.tolist() == [True, False, True, True]
     out.loss[out.finite].sum().backward()
     assert all([p.grad.isfinite().all() for p in loop.parameters() if p.grad is not None])
+
+
+@needs_native
+def test_on_kernels_of_our_own_they_are_together(monkeypatch, capsys):
+    monkeypatch.setattr(run, "LARGE_TASK", 1)
+    features, learner = pieces(nn.BatchNorm2d)
+    loop = fastkfo.InnerLoop(learner, F.cross_entropy, 2, features=features)
+    fastkfo.explain(loop, *data()[:2])
+    assert "features: all samples" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`InnerLoop` without gradients, under autocast, copied, in another dtype, to higher orders."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -190,18 +191,22 @@ def test_autocast(kind, backend, name):
     assert out.finite.tolist() == [True] * TASKS
 
 
-def copies(loop):
-    return {"deepcopy": copy.deepcopy(loop), "pickle": pickle.loads(pickle.dumps(loop))}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda loop: pickle.loads(pickle.dumps(loop))}
 
 
-@every_path
-@every_loop
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies(way, made, name, path):
+def copied():
+    """Each loop on each path, copied in one of the two ways."""
+    for (k, kind), (p, path) in itertools.product(enumerate(LOOPS), enumerate(PATHS)):
+        yield list(COPIES)[(k + p) % 2], kind, path
+
+
+@pytest.mark.parametrize(("way", "kind", "path"), list(copied()))
+def test_copies(way, kind, path):
+    made, name = LOOPS[kind]
     data = batch(name, TASKS)
-    loop = made(**path)
+    loop = made(**PATHS[path])
     loop(*data).loss.sum().backward()  # what a call has remembered does not stand in the way
-    other = copies(loop)[way]
+    other = COPIES[way](loop)
     assert repr(other) == repr(loop)
     loop.zero_grad()
     other.zero_grad()

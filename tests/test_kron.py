@@ -123,6 +123,7 @@ def test_fourth_order(case, implementation, device):
     derivatives_agree(case, implementation, device, order=4)
 
 
+@pytest.mark.slow
 @every_implementation
 @named(*CHECKED)
 def test_gradcheck(case, implementation, device):

@@ -255,6 +255,7 @@ def test_fake_tensors(case):
     assert pretended == described(real)
 
 
+@pytest.mark.slow
 @every_implementation
 @pytest.mark.parametrize("name", ["operands_lrbs", "psd_wide", "lr_scalar", "ragged"])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -117,7 +117,7 @@ def _compile() -> str:
     if os.environ.get("FASTKFO_COMPILE") == "0":
         raise RuntimeError("switched off by FASTKFO_COMPILE=0")
     warnings.warn(
-        "fastkfo: no prebuilt library; compiling the native kernels once (about 20 s)",
+        "fastkfo: no prebuilt library; compiling the native kernels once (about a minute)",
         stacklevel=2,
     )
     with _ninja_on_path():
