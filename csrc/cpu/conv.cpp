@@ -4,7 +4,7 @@
 // conv_products.h and conv_outer.h.
 #include <tuple>
 
-#include "common.h"
+#include "cpu/checked.h"
 #include "cpu/conv_geometry.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -68,16 +68,6 @@ void check_small(const Shape& s) {
   const int64_t most = (int64_t{1} << 31) - 1;
   STD_TORCH_CHECK(std::max(s.pixels(), s.out_pixels()) * s.taps() <= most,
                   "fastkfo: one image has too many pixels for this kernel");
-}
-
-template <class T>
-const T* data_of(const Tensor& x, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(x.numel() == numel, "fastkfo: ", name, " has ", x.numel(), " numbers, expected ",
-                  numel);
-  STD_TORCH_CHECK(x.is_contiguous(), "fastkfo: expected ", name, " without gaps");
-  const T* data = static_cast<const T*>(x.data_ptr());
-  STD_TORCH_CHECK(data || numel == 0, "fastkfo: operand ", name, " has no memory");
-  return data;
 }
 
 // Where number k = (channel, tap) of a weight goes among the rows that products read.
@@ -192,16 +182,16 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Sum<T> sum{s,
              false,
              1,
-             {data_of<T>(x, images, "x"), nullptr},
-             {data_of<T>(weight, s.tasks * s.weights(), "weight"), nullptr},
+             {data_of<T>(x, x.scalar_type(), images, "x"), nullptr},
+             {data_of<T>(weight, x.scalar_type(), s.tasks * s.weights(), "weight"), nullptr},
              nullptr,
              static_cast<T*>(out.data_ptr())};
   if (x2.has_value()) {
     sum.pairs = 2;
-    sum.x[1] = data_of<T>(*x2, images, "x2");
-    sum.weight[1] = data_of<T>(*weight2, s.tasks * s.weights(), "weight2");
+    sum.x[1] = data_of<T>(*x2, x.scalar_type(), images, "x2");
+    sum.weight[1] = data_of<T>(*weight2, x.scalar_type(), s.tasks * s.weights(), "weight2");
   }
-  if (bias.has_value()) sum.start = data_of<T>(*bias, s.tasks * s.out_channels, "bias");
+  sum.start = data_of<T>(bias, x.scalar_type(), s.tasks * s.out_channels, "bias");
   if (out.numel() > 0) sum.run();
   return out;
 }
@@ -214,8 +204,8 @@ Tensor to_input(const Tensor& dy, const Tensor& weight, const Shape& s) {
   const Sum<T> sum{s,
                    true,
                    1,
-                   {data_of<T>(dy, images, "dy"), nullptr},
-                   {data_of<T>(weight, s.tasks * s.weights(), "weight"), nullptr},
+                   {data_of<T>(dy, dy.scalar_type(), images, "dy"), nullptr},
+                   {data_of<T>(weight, dy.scalar_type(), s.tasks * s.weights(), "weight"), nullptr},
                    nullptr,
                    static_cast<T*>(out.data_ptr())};
   if (out.numel() > 0) sum.run();
@@ -238,8 +228,8 @@ std::tuple<Tensor, Tensor> to_weight(const Tensor& x, const Tensor& dy, const Sh
   const auto& kernels = layer_kernels<T>();
   const int64_t x_task = s.samples * s.pixels() * s.channels;
   const int64_t dy_task = s.samples * s.out_pixels() * s.out_channels;
-  const T* from_x = data_of<T>(x, s.tasks * x_task, "x");
-  const T* from_dy = data_of<T>(dy, s.tasks * dy_task, "dy");
+  const T* from_x = data_of<T>(x, x.scalar_type(), s.tasks * x_task, "x");
+  const T* from_dy = data_of<T>(dy, x.scalar_type(), s.tasks * dy_task, "dy");
   T* to_dw = static_cast<T*>(dw.data_ptr());
   T* to_db = static_cast<T*>(db.data_ptr());
   const int64_t taps = s.taps(), columns = s.group_out(), parts = parts_of(s);
@@ -281,20 +271,6 @@ std::tuple<Tensor, Tensor> to_weight(const Tensor& x, const Tensor& dy, const Sh
   return {dw, db};
 }
 
-template <class F>
-auto by_dtype(const Tensor& x, std::initializer_list<const Tensor*> others, const F& run) {
-  for (const Tensor* other : others)
-    STD_TORCH_CHECK(!other || other->scalar_type() == x.scalar_type(), "fastkfo: dtypes differ");
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    default:
-      STD_TORCH_CHECK(false, "fastkfo: expected float32 or float64");
-  }
-}
-
 }  // namespace
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> x2,
@@ -305,10 +281,8 @@ Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   const Window window = window_of(weight.size(3), weight.size(4), stride, padding, dilation);
   const Shape s = shape_of(x, weight, window, groups);
   check_small(s);
-  const auto given = [](const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; };
-  return by_dtype(x, {&weight, given(bias), given(x2), given(weight2)}, [&](auto one) {
-    return forward<decltype(one)>(x, weight, bias, x2, weight2, s);
-  });
+  return by_dtype(
+      x, [&](auto one) { return forward<decltype(one)>(x, weight, bias, x2, weight2, s); });
 }
 
 Tensor conv2d_input(Tensor dy, Tensor weight, Ints size, Ints stride, Ints padding, Ints dilation,
@@ -326,7 +300,7 @@ Tensor conv2d_input(Tensor dy, Tensor weight, Ints size, Ints stride, Ints paddi
       weight.size(0) == s.tasks && s.out_channels % groups == 0 && dy.size(4) == s.out_channels,
       "fastkfo: the weights do not fit dy");
   check_small(s);
-  return by_dtype(dy, {&weight}, [&](auto one) { return to_input<decltype(one)>(dy, weight, s); });
+  return by_dtype(dy, [&](auto one) { return to_input<decltype(one)>(dy, weight, s); });
 }
 
 std::tuple<Tensor, Tensor> conv2d_weight(Tensor x, Tensor dy, Ints kernel, Ints stride,
@@ -344,7 +318,7 @@ std::tuple<Tensor, Tensor> conv2d_weight(Tensor x, Tensor dy, Ints kernel, Ints 
   check_behind(dy, s.window);
   STD_TORCH_CHECK(dy.size(0) == s.tasks && dy.size(1) == s.samples, "fastkfo: dy does not fit x");
   check_small(s);
-  return by_dtype(x, {&dy}, [&](auto one) { return to_weight<decltype(one)>(x, dy, s, bias); });
+  return by_dtype(x, [&](auto one) { return to_weight<decltype(one)>(x, dy, s, bias); });
 }
 
 }  // namespace fastkfo::cpu

@@ -2,7 +2,7 @@
 // have the kernels, fastkfo/reference/norm.py the formulas.
 #include <tuple>
 
-#include "common.h"
+#include "cpu/checked.h"
 #include "cpu/layers.h"
 #include "cpu/parallel.h"
 
@@ -19,23 +19,6 @@ Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, "fastkfo: expected [T, P, C], got ", x.dim(), " axes");
   STD_TORCH_CHECK(x.size(1) > 0 || x.numel() == 0, "fastkfo: a norm of no samples");
   return {x.size(0), x.size(1), x.size(2)};
-}
-
-template <class T>
-const T* data_of(const Tensor& x, const Tensor& like, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "fastkfo: dtypes differ: ", name);
-  STD_TORCH_CHECK(x.numel() == numel, "fastkfo: ", name, " has ", x.numel(), " numbers, expected ",
-                  numel);
-  STD_TORCH_CHECK(x.is_contiguous(), "fastkfo: expected ", name, " without gaps");
-  const T* data = static_cast<const T*>(x.data_ptr());
-  STD_TORCH_CHECK(data || numel == 0, "fastkfo: operand ", name, " has no memory");
-  return data;
-}
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& x, const Tensor& like, int64_t numel,
-                 const char* name) {
-  return x.has_value() ? data_of<T>(*x, like, numel, name) : nullptr;
 }
 
 template <class T>
@@ -75,9 +58,9 @@ BatchNorm<T> operands(const Shape& s, const Tensor& x, const std::optional<Tenso
                       const std::optional<Tensor>& bias, bool relu) {
   BatchNorm<T> n{};
   n.rows = s.rows, n.step = s.channels, n.channels = s.channels, n.relu = relu;
-  n.x = data_of<T>(x, x, x.numel(), "x");
-  n.weight = data_of<T>(weight, x, s.tasks * s.channels, "weight");
-  n.bias = data_of<T>(bias, x, s.tasks * s.channels, "bias");
+  n.x = data_of<T>(x, x.scalar_type(), x.numel(), "x");
+  n.weight = data_of<T>(weight, x.scalar_type(), s.tasks * s.channels, "weight");
+  n.bias = data_of<T>(bias, x.scalar_type(), s.tasks * s.channels, "bias");
   return n;
 }
 
@@ -100,18 +83,6 @@ void run(const Shape& s, const LayerNorm<T>& whole, void (*pass)(const LayerNorm
       if (*p) *p += task * s.rows;
     pass(n);
   });
-}
-
-template <class F>
-auto by_dtype(const Tensor& x, const F& run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    default:
-      STD_TORCH_CHECK(false, "fastkfo: expected float32 or float64");
-  }
 }
 
 }  // namespace
@@ -139,9 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, Tens
   by_dtype(x, [&](auto one) {
     using T = decltype(one);
     BatchNorm<T> n = operands<T>(s, x, weight, bias, relu);
-    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.channels, "mean"));
-    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.channels, "rstd"));
-    n.dy = data_of<T>(dy, x, x.numel(), "dy");
+    n.mean = const_cast<T*>(data_of<T>(mean, x.scalar_type(), s.tasks * s.channels, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x.scalar_type(), s.tasks * s.channels, "rstd"));
+    n.dy = data_of<T>(dy, x.scalar_type(), x.numel(), "dy");
     n.dx = out<T>(dx), n.d_weight = out<T>(d_weight), n.d_bias = out<T>(d_bias);
     run(s, n, layer_kernels<T>().batch_norm_backward);
   });
@@ -157,11 +128,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
   by_dtype(x, [&](auto one) {
     using T = decltype(one);
     BatchNorm<T> n = operands<T>(s, x, weight, bias, relu);
-    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.channels, "mean"));
-    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.channels, "rstd"));
-    n.dy = data_of<T>(dy, x, x.numel(), "dy"), n.a = data_of<T>(a, x, x.numel(), "a");
-    n.b = data_of<T>(b, x, s.tasks * s.channels, "b");
-    n.c = data_of<T>(c, x, s.tasks * s.channels, "c");
+    n.mean = const_cast<T*>(data_of<T>(mean, x.scalar_type(), s.tasks * s.channels, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x.scalar_type(), s.tasks * s.channels, "rstd"));
+    n.dy = data_of<T>(dy, x.scalar_type(), x.numel(), "dy"),
+    n.a = data_of<T>(a, x.scalar_type(), x.numel(), "a");
+    n.b = data_of<T>(b, x.scalar_type(), s.tasks * s.channels, "b");
+    n.c = data_of<T>(c, x.scalar_type(), s.tasks * s.channels, "c");
     n.dx = out<T>(dx), n.d_weight = out<T>(d_weight), n.d_dy = out<T>(d_dy);
     run(s, n, layer_kernels<T>().batch_norm_double_backward);
   });
@@ -177,9 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> we
     using T = decltype(one);
     LayerNorm<T> n{};
     n.eps = eps;
-    n.x = data_of<T>(x, x, x.numel(), "x");
-    n.weight = data_of<T>(weight, x, s.tasks * s.channels, "weight");
-    n.bias = data_of<T>(bias, x, s.tasks * s.channels, "bias");
+    n.x = data_of<T>(x, x.scalar_type(), x.numel(), "x");
+    n.weight = data_of<T>(weight, x.scalar_type(), s.tasks * s.channels, "weight");
+    n.bias = data_of<T>(bias, x.scalar_type(), s.tasks * s.channels, "bias");
     n.y = out<T>(y), n.mean = out<T>(mean), n.rstd = out<T>(rstd);
     run(s, n, layer_kernels<T>().layer_norm);
   });
@@ -194,10 +166,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tens
   by_dtype(x, [&](auto one) {
     using T = decltype(one);
     LayerNorm<T> n{};
-    n.x = data_of<T>(x, x, x.numel(), "x"), n.dy = data_of<T>(dy, x, x.numel(), "dy");
-    n.weight = data_of<T>(weight, x, s.tasks * s.channels, "weight");
-    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.rows, "mean"));
-    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.rows, "rstd"));
+    n.x = data_of<T>(x, x.scalar_type(), x.numel(), "x"),
+    n.dy = data_of<T>(dy, x.scalar_type(), x.numel(), "dy");
+    n.weight = data_of<T>(weight, x.scalar_type(), s.tasks * s.channels, "weight");
+    n.mean = const_cast<T*>(data_of<T>(mean, x.scalar_type(), s.tasks * s.rows, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x.scalar_type(), s.tasks * s.rows, "rstd"));
     n.dx = out<T>(dx), n.d_weight = out<T>(d_weight), n.d_bias = out<T>(d_bias);
     run(s, n, layer_kernels<T>().layer_norm_backward);
   });
@@ -214,12 +187,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(Tensor a, std::opt
   by_dtype(x, [&](auto one) {
     using T = decltype(one);
     LayerNorm<T> n{};
-    n.x = data_of<T>(x, x, x.numel(), "x"), n.dy = data_of<T>(dy, x, x.numel(), "dy");
-    n.a = data_of<T>(a, x, x.numel(), "a");
-    n.b = data_of<T>(b, x, places, "b"), n.c = data_of<T>(c, x, places, "c");
-    n.weight = data_of<T>(weight, x, places, "weight");
-    n.mean = const_cast<T*>(data_of<T>(mean, x, s.tasks * s.rows, "mean"));
-    n.rstd = const_cast<T*>(data_of<T>(rstd, x, s.tasks * s.rows, "rstd"));
+    n.x = data_of<T>(x, x.scalar_type(), x.numel(), "x"),
+    n.dy = data_of<T>(dy, x.scalar_type(), x.numel(), "dy");
+    n.a = data_of<T>(a, x.scalar_type(), x.numel(), "a");
+    n.b = data_of<T>(b, x.scalar_type(), places, "b"),
+    n.c = data_of<T>(c, x.scalar_type(), places, "c");
+    n.weight = data_of<T>(weight, x.scalar_type(), places, "weight");
+    n.mean = const_cast<T*>(data_of<T>(mean, x.scalar_type(), s.tasks * s.rows, "mean"));
+    n.rstd = const_cast<T*>(data_of<T>(rstd, x.scalar_type(), s.tasks * s.rows, "rstd"));
     n.d_dy = out<T>(d_dy), n.dx = out<T>(dx), n.d_weight = out<T>(d_weight);
     run(s, n, layer_kernels<T>().layer_norm_double_backward);
   });

@@ -1,7 +1,7 @@
 // Pooling of T tasks, images [T, N, H, W, C]: pool_windows.h has the kernels.
 #include <tuple>
 
-#include "common.h"
+#include "cpu/checked.h"
 #include "cpu/layers.h"
 #include "cpu/parallel.h"
 
@@ -44,33 +44,10 @@ Images images_of(const Tensor& x, const Pooling& p) {
   return {x.size(0) * x.size(1), p.size[0] * p.size[1], p.out_size[0] * p.out_size[1], p.channels};
 }
 
-template <class T>
-const T* data_of(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, "fastkfo: wrong dtype of ", name);
-  STD_TORCH_CHECK(x.numel() == numel, "fastkfo: ", name, " has ", x.numel(), " numbers, expected ",
-                  numel);
-  STD_TORCH_CHECK(x.is_contiguous(), "fastkfo: expected ", name, " without gaps");
-  const T* data = static_cast<const T*>(x.data_ptr());
-  STD_TORCH_CHECK(data || numel == 0, "fastkfo: operand ", name, " has no memory");
-  return data;
-}
-
 template <class F>
 void for_images(const Images& images, const Pooling& p, const F& run) {
   const int64_t cost = images.out_pixels * images.channels * p.kernel[0] * p.kernel[1] * 4;
   parallel_units(std::vector<int64_t>(images.count, cost), run);
-}
-
-template <class F>
-void by_dtype(const Tensor& x, const F& run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    default:
-      STD_TORCH_CHECK(false, "fastkfo: expected float32 or float64");
-  }
 }
 
 // An uninitialised [T, N, size, C].
