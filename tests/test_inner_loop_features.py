@@ -35,7 +35,7 @@ def go_alone(monkeypatch, large):
     """Task after task if a task has as many numbers."""
     monkeypatch.setattr(run, "LARGE_TASK", large)
     if large == 1:
-        monkeypatch.setattr(forms, "has_kernels", lambda x: False)
+        monkeypatch.setattr(forms, "has_kernels", lambda *_: False)
 
 
 @pytest.mark.parametrize("backend", ["auto", "batched"])
