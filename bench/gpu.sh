@@ -9,6 +9,8 @@
 #   TORCH_CUDA_ARCH_LIST  9.0a
 #   STEPS                 gpu cpu sanitize bench    which of the tests and benchmarks
 #   LIMIT_S               530               seconds for all: benchmarks get what is left, and stop there
+#   WORKERS               0                 processes of pytest, where pytest-xdist is there
+#   PREBUILT              0                 1: the libraries that lie in fastkfo/, nothing is built
 #   BENCH_ARGS            options of `fastkfo bench` beside --device cuda
 #   LEARN2LEARN_SRC       an unpacked learn2learn 0.2.0 (default: .cache/learn2learn-0.2.0 if there)
 set -uo pipefail
@@ -73,6 +75,7 @@ cuda_is_there() {
 }
 
 install() {
+  [ "${PREBUILT:-0}" = 0 ] || export FASTKFO_BUILD_NATIVE=0
   "$python" -m pip install --no-build-isolation --no-deps -e . &&
     "$python" -c 'import fastkfo; print(fastkfo.backends())'
 }
@@ -80,7 +83,9 @@ install() {
 tests() {
   local name=$1
   shift
-  "$python" -m pytest --require-native --junitxml="$records/$name.xml" "$@"
+  local workers=()
+  [ "${WORKERS:-0}" = 0 ] || workers=(-n "$WORKERS")
+  "$python" -m pytest --require-native --junitxml="$records/$name.xml" "${workers[@]}" "$@"
 }
 
 # compute-sanitizer is slow: every kernel once or twice. Where the machine has none, that is said.
