@@ -7,7 +7,7 @@ and `vision.models`.
 from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
-from fastkfo.inner_loop import BatchedLearner, InnerLoop, explain, per_task
+from fastkfo.inner_loop import BatchedLearner, InnerLoop, capture, explain, per_task
 from fastkfo.kernels.selector import ImplementationUnavailable
 from fastkfo.utils import (
     accuracy,
@@ -31,6 +31,7 @@ __all__ = [
     "accuracy",
     "algorithms",
     "backends",
+    "capture",
     "clone_distribution",
     "clone_module",
     "clone_named_parameters",

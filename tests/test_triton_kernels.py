@@ -581,7 +581,7 @@ def test_operands_that_a_kernel_would_misread(ops, device):
 def test_tf32_follows_the_switch_for_convolutions(ops, device, monkeypatch):
     precision = importlib.import_module(f"{OURS}.launch").precision
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert precision(torch.float32) == "ieee"  # the fixture's switch
+    assert precision(torch.float32) == "tf32x3"  # the fixture's switch
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert precision(torch.float32) == "tf32"
     assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -32,8 +32,17 @@ def finite_rows(tensors: Sequence[Tensor | None], tasks: int) -> Tensor | None:
     on_cpu = all([x.device.type == "cpu" for x in present])
     if on_cpu and all([isfinite(x.sum().item()) for x in present]):
         return None
-    rows = [x.isfinite().reshape(tasks, -1).all(1) for x in present]
-    return rows[0] if len(rows) == 1 else torch.stack(rows).all(0)
+    # A NaN and an infinity both come through a maximum; empty rows have none.
+    largest = [_largest(x.reshape(tasks, -1)) for x in present if x.numel()]
+    if not largest:
+        return None
+    if len({x.dtype for x in largest}) > 1:
+        largest = [x.double() for x in largest]
+    return (largest[0] if len(largest) == 1 else torch.stack(largest).amax(0)) < inf
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, inf, 1)
 
 
 def select_rows(rows: Tensor, x: Tensor, otherwise: float) -> Tensor:

@@ -15,6 +15,7 @@ from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
 from fastkfo.inner_loop.model import TaskModel
 from fastkfo.inner_loop.prompt import in_flight
+from fastkfo.inner_loop.recorder import EAGER_CALLS, of_devices, of_loop
 from fastkfo.inner_loop.run import Run, features_alone
 from fastkfo.kernels import selector
 from fastkfo.optim.recognise import kind_of, kronecker_part
@@ -89,7 +90,7 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
             "again in the backward pass"
         )
     yield f"buffers: {_BUFFERS[inner_loop.buffer_mode]}"
-    yield f"capture: {_capture(inner_loop, batches[0].tensors()[0].device)}"
+    yield f"capture: {_capture(inner_loop, batches)}"
 
 
 def _together(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
@@ -166,9 +167,12 @@ def _update(run: Run, g: list[Tensor | None]) -> str:
     return f"{one}, but {', '.join(others)} under torch.func.vmap"
 
 
-def _capture(inner_loop: InnerLoop, device: torch.device) -> str:
+def _capture(inner_loop: InnerLoop, batches: list[Batch]) -> str:
     if inner_loop.capture is False:
         return "off"
-    if device.type != "cuda":
-        return f"none: a CUDA graph needs CUDA tensors, got {device.type}"
-    return "none: there are no CUDA graphs yet"
+    if len(batches) > 1:
+        return "none: tasks of several shapes"
+    reason = of_devices(batches[0].tensors()) or of_loop(inner_loop) or inner_loop.recorder.why_not
+    if reason is not None:
+        return f"none: {reason}"
+    return f"CUDA graphs, from call {EAGER_CALLS + 1} of a shape on"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkfo.inner_loop import buffers as task_buffers
 from fastkfo.inner_loop import memory as memory_modes
+from fastkfo.inner_loop import recorder
 from fastkfo.inner_loop.at_once import adapted_at_once, at_once, fused_of, in_one_call
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit, commit_all
 from fastkfo.inner_loop.clones import by_clones
@@ -89,8 +90,11 @@ class InnerLoop(nn.Module):
             docs/inner_loop.md), "batched" (all tasks in one pass) or "loop" (task after task, for
             any model). "auto" is the first of these that can, with one warning, that says why,
             where it is "loop". A name never falls back.
-        capture: whether to replay a CUDA graph: "auto", True or False. Not there yet: `explain`
-            says what happens instead.
+        capture: whether calls with CUDA tensors are recorded as CUDA graphs and replayed, from the
+            third of a kind on: results and gradients are the same, without the time that launches
+            take. "auto" records models and losses of torch's, this package's and learn2learn's own
+            classes; True any, and raises where that fails: what they do must then depend on their
+            tensors and attributes alone. False: never. docs/gpu.md has the conditions.
 
     Attributes:
         learner: the learner.
@@ -151,7 +155,7 @@ class InnerLoop(nn.Module):
         self.chunk_size, self.backend, self.capture = chunk_size, backend, capture
         self._refused: str | None = None  # why the model runs task after task
         self._said = False
-        self.remembered, self.habit = Remembered(), Habit()
+        self.remembered, self.habit, self.recorder = Remembered(), Habit(), recorder.Recorder()
         if backend == "fused" and (reason := self.why_not_fused()):
             raise Unfusable(reason).as_error()
 
@@ -193,18 +197,43 @@ class InnerLoop(nn.Module):
         if x_q is None:
             raise TypeError("x_q: expected query inputs [T, Q, ...], got NoneType")
         check_given(given)
-        if type(x_s) is Tensor and step_weights is None:
+        small = type(x_s) is Tensor and x_s.device.type != recorder.DEVICE
+        if small and step_weights is None and self.capture is not True:
             found = at_once(self, given, steps)
             if found is not None:
                 return found
         groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
-        counts = [check_batch(group.batch) for group in groups]
+        for group in groups:
+            check_batch(group.batch)
         settings = self.settings(steps)
         weights = check_weights(step_weights, settings.steps, y_q, groups[0].batch)
-        with normal_mode():
-            if isinstance(x_s, list):
+        if isinstance(x_s, list):
+            with normal_mode():
                 return self._listed(settings, groups, weights)
-            return self._stacked(settings, given, counts[0], weights)
+        if self.capture is not False:
+            found = self.recorder.outcome(self, given, settings.steps, weights)
+            if found is not None:
+                return found
+        return self.eager(given, settings.steps, weights)
+
+    def eager(self, batch: Batch, steps: int, weights: Tensor | None) -> Outcome:
+        """A call for tasks of equal shapes, as it runs without a recording.
+
+        Args:
+            batch: the tasks, checked.
+            steps: K.
+            weights: of the query losses after every step, or None.
+
+        Returns:
+            The outcome.
+        """
+        if weights is None and type(batch.x_s) is Tensor:
+            found = at_once(self, batch, steps)
+            if found is not None:
+                return found
+        tasks = batch.tensors()[0].shape[0]
+        with normal_mode():
+            return self._stacked(self.settings(steps), batch, tasks, weights)
 
     def adapt(self, x_s: Any, y_s: Any, *, steps: int | None = None) -> BatchedLearner:
         """The batched learner after K steps, with its graph.

@@ -17,7 +17,7 @@ class ImplementationUnavailable(RuntimeError):
 
 # Ops that have CUDA kernels.
 ON_CUDA = ("inner_loop",)
-# Ops that have Triton kernels; "auto" takes none of them until they are measured on a GPU.
+# Ops that have Triton kernels; on CUDA "auto" takes them (bench/NOTES.md has what was measured).
 IN_TRITON = ("layers",)
 
 _chosen: dict[tuple[str, str, str], str] = {}
@@ -65,6 +65,8 @@ def _select(implementation: str, device: str, op: str) -> str:
         raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     why = unavailable("native", device, op)
     if implementation == "auto":
+        if device == "cuda" and op in IN_TRITON and not unavailable("triton", device, op):
+            return "triton"
         return "reference" if why else "native"
     if implementation != "native":
         why = unavailable(implementation, device, op)

@@ -1,7 +1,8 @@
-"""Task-batched convolution and its adjoints: one kernel each. Not yet run on a GPU.
+"""Task-batched convolution and its adjoints: one kernel each.
 
 Depthwise convolutions (one channel per group) are right, but most of each tile is padding then.
-float32 is multiplied exactly ("ieee") unless `torch.backends.cudnn` allows TF32 for convolutions.
+float32 is multiplied as exactly as by plain float32 arithmetic (`launch.precision`) unless
+`torch.backends.cudnn` allows TF32 for convolutions.
 """
 
 from __future__ import annotations

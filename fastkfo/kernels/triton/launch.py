@@ -1,8 +1,9 @@
 """What the launchers share: checks, tile sizes, and the one place where a kernel is started.
 
-The tables of tiles have not been measured on a GPU yet. To tune one, time the op on the layers of
-`bench/workloads.py` for each candidate with warm caches and write the fastest in; a candidate must
-still pass `tests/test_triton_compiles.py`, which refuses tiles whose registers spill. Nothing is
+The tables of tiles were measured on an H200 (bench/NOTES.md, "Triton's tiles"). To tune one, time
+the op on the layers of `bench/workloads.py` for each candidate with warm caches and write the
+fastest in; a candidate must still pass `tests/test_triton_compiles.py`, which refuses tiles whose
+registers spill. Nothing is
 tuned at a user's first call: that would take seconds, and a result that depends on the tile's
 summation order would change between runs.
 """
@@ -36,20 +37,34 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# Pixels x channels, of a convolution and of its adjoint in x. The key is how products are taken.
-# "ieee" is float32 without tensor cores: its operands stay in registers, hence the short steps.
+# The key is how products are taken. "ieee", float32 without tensor cores, keeps its operands in
+# registers, hence the short steps; "tf32x3" is float32 on tensor cores, in three products of parts.
+_IEEE, _DOUBLE = Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 2)
 _CONV = {
-    "ieee": Tile(64, 64, 16, 4, 3),
-    "tf32": Tile(128, 64, 32, 8, 3),
-    "half": Tile(128, 64, 32, 8, 4),
-    "double": Tile(32, 32, 16, 4, 2),
-}
-# Output channels x (taps and input channels), of the weight's gradient; a step is `depth` pixels.
-_CONV_WEIGHT = {
-    "ieee": Tile(64, 64, 16, 4, 3),
-    "tf32": Tile(64, 64, 32, 4, 3),
-    "half": Tile(64, 64, 64, 4, 3),
-    "double": Tile(32, 32, 16, 4, 2),
+    # pixels x output channels
+    "conv2d": {
+        "ieee": _IEEE,
+        "tf32x3": Tile(32, 64, 32, 4, 3),
+        "tf32": Tile(128, 64, 32, 8, 3),
+        "half": Tile(128, 64, 32, 8, 4),
+        "double": _DOUBLE,
+    },
+    # pixels x input channels
+    "conv2d_input": {
+        "ieee": _IEEE,
+        "tf32x3": Tile(128, 64, 32, 8, 3),
+        "tf32": Tile(128, 64, 32, 8, 3),
+        "half": Tile(128, 64, 32, 8, 4),
+        "double": _DOUBLE,
+    },
+    # output channels x (taps and input channels); a step is `depth` pixels
+    "conv2d_weight": {
+        "ieee": _IEEE,
+        "tf32x3": Tile(32, 64, 32, 4, 3),
+        "tf32": Tile(64, 64, 32, 4, 3),
+        "half": Tile(64, 64, 64, 4, 3),
+        "double": _DOUBLE,
+    },
 }
 # Elements of a tile of the kernels that take no products of matrices.
 _ELEMENTS = {"norm": 2048, "norm_double": 1024, "pool": 1024}
@@ -66,12 +81,23 @@ def in_kernel(dtype: torch.dtype) -> Any:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision: "tf32" only where PyTorch's switch for convolutions allows it."""
-    if dtype != torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
+    """tl.dot's input_precision.
+
+    float32 is taken apart into two tf32 numbers on NVIDIA's tensor cores ("tf32x3": as exact as
+    float32 arithmetic, see docs/gpu.md); "tf32" only where PyTorch's switch for convolutions allows
+    it.
+
+    Args:
+        dtype: of the operands.
+
+    Returns:
+        "ieee", "tf32x3" or "tf32".
+    """
+    if dtype != torch.float32 or os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip:
         return "ieee"
     # What torch.backends.cudnn.allow_tf32 sets; that itself raises if convolutions and RNNs differ.
     switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if switch == "tf32" else "ieee"
+    return "tf32" if switch == "tf32" else "tf32x3"
 
 
 def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
@@ -80,8 +106,7 @@ def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
         kind = "double"
     else:
         kind = precision(dtype) if dtype == torch.float32 else "half"
-    table = _CONV_WEIGHT if op == "conv2d_weight" else _CONV
-    tile = table[kind]
+    tile = _CONV[op][kind]
     # tl.dot takes no side below 16.
     return tile._replace(
         rows=min(tile.rows, max(16, triton.next_power_of_2(rows))),

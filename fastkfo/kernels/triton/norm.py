@@ -1,4 +1,4 @@
-"""Task-batched batch norm (+ReLU), its backward, and that one's. Not yet run on a GPU.
+"""Task-batched batch norm (+ReLU), its backward, and that one's.
 
 Each is a reduction and an elementwise pass, two launches. Sums run in a fixed order. Weights may
 have another dtype than x; their gradients then have theirs.

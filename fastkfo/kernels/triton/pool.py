@@ -1,4 +1,4 @@
-"""Task-batched pooling and its adjoints: one kernel each. Not yet run on a GPU.
+"""Task-batched pooling and its adjoints: one kernel each.
 
 Nothing is added atomically: in the adjoints, every pixel of the input asks the windows it lies in.
 """

@@ -1,0 +1,340 @@
+"""Recorded inner loops: when they are recorded, and that replays are the calls they stand for.
+
+The graphs are a stand-in that runs on a CPU; tests/test_inner_loop_gpu.py has CUDA's.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastkfo
+from fastkfo.inner_loop import recorder
+from fastkfo.inner_loop.captured import Captured
+from tests.graphs_on_cpu import Graph
+from tests.models import assert_close
+
+CALLS = recorder.EAGER_CALLS + 1
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(recorder, "DEVICE", "cpu")
+    Graph.made = 0
+
+
+def recorded(loop):
+    loop.recorder = recorder.Recorder(Graph)
+    Graph.buffers = list(loop.buffers())
+    return loop
+
+
+def batch(seed, tasks=3, size=(8,), needs=False):
+    g = torch.Generator().manual_seed(seed)
+    x_s, x_q = (torch.randn(tasks, 10, *size, generator=g).double() for _ in range(2))
+    y_s, y_q = (torch.randint(5, (tasks, 10), generator=g) for _ in range(2))
+    return x_s.requires_grad_(needs), y_s, x_q, y_q
+
+
+def learner(name="mlp", **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+    if name == "norm":
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+        )
+    update = fastkfo.optim.KroneckerTransform(fastkfo.nn.KroneckerLinear)
+    return fastkfo.algorithms.GBML(model.double(), update, lr=0.1, **options).double()
+
+
+def pair(**options):
+    """The same inner loop twice: as it is, and recorded."""
+    name = options.pop("name", "mlp")
+    plain = learner(name, allow_nograd=True)
+    other = copy.deepcopy(plain)
+    given = {"backend": "batched", **options}
+    return (
+        fastkfo.InnerLoop(plain, F.cross_entropy, 2, **(given | {"capture": False})),
+        recorded(fastkfo.InnerLoop(other, F.cross_entropy, 2, **given)),
+    )
+
+
+def gradients(loop, data, weight=1.0, **options):
+    loop.zero_grad()
+    out = loop(*data, **options)
+    if loop.capture is not False and Graph.made:
+        assert loop.recorder.why_not is None
+    (weight * out.loss).sum().backward()
+    grads = [p.grad.clone() for p in loop.parameters()]
+    if data[0].requires_grad:
+        grads.append(data[0].grad.clone())
+        data[0].grad = None
+    return out, grads
+
+
+def same(a, b):
+    flat = [[out.loss, out.predictions, out.support_loss, *grads] for out, grads in (a, b)]
+    for x, y in zip(*flat, strict=True):
+        assert_close(x.detach(), y.detach(), tol=1e-12)
+    assert torch.equal(a[0].finite, b[0].finite)
+
+
+@pytest.mark.parametrize("backend", ["batched", "auto"])
+@pytest.mark.parametrize("needs", [False, True], ids=["data", "data with gradients"])
+def test_replays_equal_calls(backend, needs):
+    plain, loop = pair(backend=backend)
+    for k in range(CALLS + 3):
+        data = batch(k, needs=needs)
+        weight = torch.tensor([1.0, 2.0, -0.5]) * (k + 1)
+        same(gradients(plain, data, weight), gradients(loop, data, weight))
+        assert Graph.made == (0 if k + 1 < CALLS else 2)
+
+
+def test_results_outlive_the_next_replay():
+    plain, loop = pair()
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    first = gradients(loop, batch(10))
+    gradients(loop, batch(11))
+    same(gradients(plain, batch(10)), first)
+
+
+def test_gradients_in_any_order():
+    plain, loop = pair(name="norm")
+    data = [batch(k, size=(1, 8, 8)) for k in range(6)]
+    for k in range(CALLS):
+        gradients(plain, data[k])
+        gradients(loop, data[k])
+    found = []
+    for each in (plain, loop):
+        each.zero_grad()
+        losses = [each(*x).loss for x in data[3:]]
+        for k in (1, 0, 2):
+            (losses[k] * (k + 1)).sum().backward()
+        found.append([p.grad for p in each.parameters()] + [x.double() for x in each.buffers()])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a, tol=1e-12)
+
+
+def test_a_graph_of_the_gradient_is_not_recorded():
+    plain, loop = pair()
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    found = []
+    for each in (plain, loop):
+        params = list(each.parameters())
+        once = torch.autograd.grad(each(*batch(7)).loss.sum(), params, create_graph=True)
+        twice = torch.autograd.grad(sum([x.square().sum() for x in once]), params)
+        found.append([*once, *twice])
+    for a, b in zip(*found, strict=True):
+        assert_close(b.detach(), a.detach(), tol=1e-10)
+
+
+def test_batch_norms_statistics():
+    plain, loop = pair(name="norm")
+    for k in range(CALLS + 2):
+        data = batch(k, size=(1, 8, 8))
+        same(gradients(plain, data), gradients(loop, data))
+    for a, b in zip(plain.buffers(), loop.buffers(), strict=True):
+        assert_close(b.double(), a.double(), tol=1e-12)
+
+
+def test_an_optimizer_moves_what_graphs_read():
+    plain, loop = pair()
+    steps = [torch.optim.Adam(x.parameters(), 0.01) for x in (plain, loop)]
+    for k in range(CALLS + 3):
+        same(gradients(plain, batch(k)), gradients(loop, batch(k)))
+        for x in steps:
+            x.step()
+
+
+def test_without_gradients():
+    plain, loop = pair()
+    with torch.no_grad():
+        for k in range(CALLS + 1):
+            out = loop(*batch(k))
+    assert Graph.made == 1
+    assert_close(out.loss, plain(*batch(CALLS)).loss.detach(), tol=1e-12)
+    with torch.inference_mode():
+        for _ in range(2):
+            again = loop(*batch(CALLS))
+    assert torch.equal(again.loss, out.loss)
+    x_s, y_s, x_q, _ = batch(0)
+    with torch.no_grad():
+        for _ in range(CALLS + 1):
+            out = loop(x_s, y_s, x_q)
+    assert out.loss is None
+    assert_close(out.predictions, plain(x_s, y_s, x_q).predictions, tol=1e-12)
+
+
+def test_step_weights():
+    plain, loop = pair()
+    for k in range(CALLS + 2):
+        weights = torch.tensor([0.25 * k, 1.0]).double()
+        same(
+            gradients(plain, batch(k), step_weights=weights),
+            gradients(loop, batch(k), step_weights=weights),
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loop: setattr(loop.learner, "lr", 0.3),
+        lambda loop: loop.eval(),
+        lambda loop: loop.learner.module[0].weight.requires_grad_(False),
+        lambda loop: setattr(loop.learner.module[0].weight, "data", torch.ones(6, 8).double()),
+        lambda loop: loop.learner.module.__setitem__(1, nn.Tanh()),
+    ],
+    ids=["lr", "eval", "frozen", "data", "layer"],
+)
+def test_what_changes_is_noticed(change):
+    plain, loop = pair()
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    for each in (plain, loop):
+        change(each)
+    for k in range(CALLS + 1):
+        a, b = plain(*batch(k)), loop(*batch(k))
+        assert_close(b.loss.detach(), a.loss.detach(), tol=1e-12)
+    assert Graph.made == 4
+
+
+def test_shapes_and_steps_are_recorded_apart():
+    plain, loop = pair()
+    for _ in range(CALLS + 1):
+        for tasks in (2, 3):
+            for steps in (1, 2):
+                data = batch(tasks, tasks)
+                same(gradients(plain, data, steps=steps), gradients(loop, data, steps=steps))
+    assert Graph.made == 8
+    gradients(loop, batch(4, 4))
+    assert len(loop.recorder._known) == recorder.MOST
+
+
+def test_a_changed_parameter_is_noticed_before_its_gradient():
+    _, loop = pair()
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    loss = loop(*batch(0)).loss.sum()
+    with torch.no_grad():
+        next(loop.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Counting(nn.Module):
+    """A model of somebody's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(8, 5), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_what_may_do_something_else_is_not_recorded():
+    model = fastkfo.algorithms.MAML(Counting().double(), 0.1)
+    loop = recorded(fastkfo.InnerLoop(model, F.cross_entropy, 2))
+    for k in range(CALLS):
+        loop(*batch(k))
+    assert Graph.made == 0
+    assert "Counting may depend" in loop.recorder.why_not
+    model = learner()
+    loop = recorded(fastkfo.InnerLoop(model, lambda p, y: F.cross_entropy(p, y), 2))
+    for k in range(CALLS):
+        loop(*batch(k))
+    assert "loss, a function of its own" in loop.recorder.why_not
+    # Asked for, it is, as long as its attributes stay as they are.
+    loop = recorded(fastkfo.InnerLoop(model, lambda p, y: F.cross_entropy(p, y), 2, capture=True))
+    for k in range(CALLS):
+        loop(*batch(k))
+    assert Graph.made == 2
+
+
+def test_a_refusal_is_kept_and_told(monkeypatch):
+    def calls(loop, k):
+        out = loop(*batch(k))
+        loop.zero_grad()
+        out.loss.sum().backward()
+        return out, [p.grad.clone() for p in loop.parameters()]
+
+    def refuse(self, body):
+        body()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Graph, "record", refuse)
+    plain, loop = pair()
+    for k in range(CALLS + 2):
+        same(calls(plain, k), calls(loop, k))
+    assert Graph.made == 1
+    assert "cannot be recorded: operation not permitted" in loop.recorder.why_not
+    _, loop = pair(capture=True)
+    for k in range(CALLS - 1):
+        calls(loop, k)
+    with pytest.raises(RuntimeError, match="capture: the inner loop cannot be recorded"):
+        loop(*batch(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": "checkpoint"}, {"chunk_size": 2}], ids=["checkpoint", "chunks"]
+)
+def test_what_cannot_be_recorded(options):
+    _, loop = pair(**options)
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    assert Graph.made == 0
+    _, loop = pair(capture=True, **options)
+    with pytest.raises(ValueError, match="capture: expected a call that can be recorded"):
+        loop(*batch(0))
+
+
+def test_cuda_tensors_are_asked_for(monkeypatch):
+    monkeypatch.setattr(recorder, "DEVICE", "cuda")
+    loop = fastkfo.InnerLoop(learner(), F.cross_entropy, 2, capture=True)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
+        loop(*batch(0))
+
+
+def test_copies_record_for_themselves():
+    _, loop = pair()
+    for k in range(CALLS):
+        gradients(loop, batch(k))
+    twin = copy.deepcopy(loop)
+    assert len(twin.recorder._known) == 0
+    assert twin.recorder is not loop.recorder
+
+
+def test_a_step_of_ones_own():
+    weight = torch.ones(4, requires_grad=True)
+    calls = []
+
+    def step(x):
+        calls.append(1)
+        return {"y": (x * weight).sum(), "x": [x + 1]}
+
+    kinds = [(torch.Size([4]), torch.float32, torch.device("cpu"))]
+    replay = Captured(step, kinds, Graph)
+    found = [replay(torch.full((4,), float(k))) for k in range(5)]
+    assert [x["y"].item() for x in found] == [0, 4, 8, 12, 16]
+    assert found[3]["x"][0].tolist() == [4.0] * 4
+    with pytest.raises(
+        ValueError, match=r"tensors: expected \[4\] torch.float32 on cpu, got \[5\]"
+    ):
+        replay(torch.ones(5))
+
+
+def test_inputs_of_a_step_are_checked(monkeypatch):
+    monkeypatch.setattr(recorder, "DEVICE", "cuda")
+    with pytest.raises(TypeError, match="step: expected a function, got int"):
+        fastkfo.capture(3, [torch.ones(1)])
+    with pytest.raises(TypeError, match="example: expected tensors, got int"):
+        fastkfo.capture(print, [3])
+    with pytest.raises(ValueError, match="example: expected tensors on one CUDA device, got cpu"):
+        fastkfo.capture(print, [torch.ones(1)])
+    with pytest.raises(ValueError, match="got no tensor"):
+        fastkfo.capture(print, [])
