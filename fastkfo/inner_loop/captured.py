@@ -83,7 +83,7 @@ class Captured:
         if self._graph is None:
             self._calls += 1
             if self._calls <= EAGER_CALLS:
-                return self._step(*tensors)
+                return self._graph_of.beside(self._step, tensors)
             self._record(tensors)
         with torch.no_grad():
             torch._foreach_copy_(self._inputs, list(tensors))

@@ -47,7 +47,23 @@ def _largest(x: Tensor) -> Tensor:
 
 def select_rows(rows: Tensor, x: Tensor, otherwise: float) -> Tensor:
     """The rows of x that are wanted, and a number in place of the others."""
-    return torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, otherwise)
+    return torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, _number(otherwise, x))
+
+
+def _number(value: float, like: Tensor) -> float | Tensor:
+    """A number as where takes it: on CUDA a tensor that is kept, or every call would make one."""
+    if not like.is_cuda:
+        return value
+    key = (value != value, like.dtype, like.device)  # 0 or NaN
+    if key not in _NUMBERS:
+        made = torch.full((), value, dtype=like.dtype, device=like.device)
+        if torch.cuda.is_current_stream_capturing():
+            return made  # of that graph's memory
+        _NUMBERS[key] = made
+    return _NUMBERS[key]
+
+
+_NUMBERS: dict[tuple[bool, torch.dtype, torch.device], Tensor] = {}
 
 
 def guard(tensors: Sequence[Tensor], tasks: int) -> None:

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Run = Callable[[Sequence[Tensor]], tuple[Tensor | None, list[Tensor]]]
 
 
 class Graph:
@@ -27,13 +30,42 @@ class Graph:
         with (
             torch.cuda.device(self._device),
             # Other threads (one that pins memory, say) may go on.
-            torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                self._graph,
+                pool=self.pool,
+                stream=self.stream(self._device),
+                capture_error_mode="thread_local",
+            ),
         ):
             return body()
 
     def replay(self) -> None:
         """Run it, on the current stream."""
         self._graph.replay()
+
+    @classmethod
+    def beside(cls, body: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+        """Call a function on the stream of recordings, so that what autograd keeps is of it."""
+        stream = cls.stream(tensors[0].device)
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            found = body(*tensors)
+        current.wait_stream(stream)
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor):
+                x.record_stream(current)
+        return found
+
+    @staticmethod
+    def stream(device: torch.device) -> torch.cuda.Stream:
+        """Where graphs of a device are recorded."""
+        if device not in _STREAMS:
+            _STREAMS[device] = torch.cuda.Stream(device)
+        return _STREAMS[device]
+
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Recording:
@@ -54,13 +86,14 @@ class Recording:
 
     def __init__(
         self,
-        run: Callable[[Sequence[Tensor]], tuple[Tensor | None, list[Tensor]]],
-        learned: Sequence[Tensor],
+        run: Run,
+        learned: Learned,
         buffers: Sequence[Tensor],
         data: Sequence[Tensor],
         graph: Callable[..., Any] = Graph,
     ) -> None:
-        self.run, self.learned, self.buffers = run, list(learned), list(buffers)
+        self.run, self.learned, self.buffers = run, learned.tensors, list(buffers)
+        self._aliased = learned.aliased
         self.data = [x.detach().clone().requires_grad_(x.requires_grad) for x in data]
         self.turns = 0  # forward passes so far
         self.lies = 0  # the one that the gradient's graph would read
@@ -68,7 +101,7 @@ class Recording:
         self._forward = graph(device)
         self.loss, self.rest = self._forward.record(self._run)
         self._backward: Any = None
-        wanted = [*self.learned, *[x for x in self.data if x.requires_grad]]
+        wanted = [*learned.aliases, *[x for x in self.data if x.requires_grad]]
         if self.loss is None or not self.loss.requires_grad:
             return
         self.d_loss = torch.ones_like(self.loss)
@@ -77,26 +110,22 @@ class Recording:
         self._live = self.loss = self.loss.detach()  # the graph of autograd is no longer needed
 
     def _run(self) -> tuple[Tensor | None, list[Tensor]]:
-        found = self.run(self.data)
+        with self._aliased():
+            found = self.run(self.data)
         self._live = found[0]
         return found
 
     def _gradients(self, wanted: Sequence[Tensor]) -> list[Tensor]:
-        """Those that are not None end to end, one tensor per dtype; where is noted."""
+        """Those that are not None end to end, one tensor per dtype."""
         loss: Any = self._live
         found: Any = torch.autograd.grad(loss, wanted, self.d_loss, allow_unused=True)
-        self._places: list[tuple[int, int, torch.Size] | None] = []
-        parts: dict[torch.dtype, list[Tensor]] = {}
-        ends: dict[torch.dtype, int] = {}
-        for g in found:
-            if g is None:
-                self._places.append(None)
-                continue
-            begin = ends.get(g.dtype, 0)
-            self._places.append((list({**parts, g.dtype: 0}).index(g.dtype), begin, g.shape))
-            parts.setdefault(g.dtype, []).append(g.reshape(-1))
-            ends[g.dtype] = begin + g.numel()
-        return [torch.cat(x) for x in parts.values()]
+        parts: dict[torch.dtype, list[int]] = {}
+        for k, g in enumerate(found):
+            if g is not None:
+                parts.setdefault(g.dtype, []).append(k)
+        self._places = [(ks, [torch.empty_like(wanted[k]) for k in ks]) for ks in parts.values()]
+        self._count = len(found)
+        return [torch.cat([found[k].reshape(-1) for k in ks]) for ks in parts.values()]
 
     def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Loss and the other results, all of them copies."""
@@ -125,11 +154,46 @@ class Recording:
         """Gradients of what is learned, then of the data that require one."""
         self.d_loss.copy_(d_loss)
         self._backward.replay()
-        flat = [x.clone() for x in self._flat]
-        return [
-            None if at is None else flat[at[0]][at[1] : at[1] + at[2].numel()].view(at[2])
-            for at in self._places
+        found: list[Tensor | None] = [None] * self._count
+        for flat, (places, like) in zip(self._flat, self._places, strict=True):
+            parts = torch._C._nn.unflatten_dense_tensors(flat.clone(), like)
+            for k, part in zip(places, parts, strict=True):
+                found[k] = part
+        return found
+
+
+class Learned:
+    """Learned tensors, and others that share their memory and stand in while something is recorded.
+
+    Autograd remembers the stream on which a tensor first needed a gradient for as long as any graph
+    with it is alive, last iteration's loss for example; and a recording may not wait for it.
+
+    Args:
+        modules: whose parameters they are.
+        tensors: those that a gradient is wanted of.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.aliases: list[Tensor] = [nn.Parameter(x.detach()) for x in tensors]
+        other = {id(x): y for x, y in zip(self.tensors, self.aliases, strict=True)}
+        self._places: list[tuple[Any, str, Any, Tensor]] = [
+            (m._parameters, name, p, other[id(p)])
+            for m in modules
+            for name, p in m._parameters.items()
+            if id(p) in other
         ]
+
+    @contextmanager
+    def aliased(self) -> Iterator[None]:
+        """Within this, the modules have the others."""
+        try:
+            for held, name, _, alias in self._places:
+                held[name] = alias
+            yield
+        finally:
+            for held, name, own, _ in self._places:
+                held[name] = own
 
 
 @contextmanager

@@ -202,6 +202,10 @@ class InnerLoop(nn.Module):
             found = at_once(self, given, steps)
             if found is not None:
                 return found
+        if self.capture is not False and step_weights is None:
+            found = self.recorder.at_once(self, given, steps)
+            if found is not None:
+                return found
         groups = grouped(given) if isinstance(x_s, list) else [Group([], given)]
         for group in groups:
             check_batch(group.batch)

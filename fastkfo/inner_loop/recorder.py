@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastkfo.inner_loop.graphs import Graph, Recording
+from fastkfo.inner_loop.graphs import Graph, Learned, Recording
 from fastkfo.inner_loop.guards import normal_mode
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Layout
@@ -74,7 +74,7 @@ class Recorder:
             if loop.capture is True and self.why_not != _AROUND:
                 raise ValueError(f"capture: expected a call that can be recorded: {self.why_not}")
             return None
-        key = (_kind(batch, data, steps), *[x.data_ptr() for x in self._tensors], _modes(data[0]))
+        key = self._key(batch, data, steps)
         found = self._known.setdefault(key, Recorded())
         self._known.move_to_end(key)
         while len(self._known) > MOST:
@@ -91,6 +91,24 @@ class Recorder:
                         raise RuntimeError(f"capture: the inner loop {found.refused}")
                     return None
             return found(data)
+
+    def at_once(self, loop: InnerLoop, batch: Batch, steps: int | None) -> Outcome | None:
+        """The same of a call that was recorded already, before anything else is looked at."""
+        data = [x for x in batch if x is not None]
+        if not self._known or any([type(x) is not Tensor for x in data]):
+            return None
+        if self._refusal(loop, data) is not None:
+            return None
+        key = self._key(batch, data, loop.steps if steps is None else steps)
+        found = self._known.get(key)
+        if found is None or found.recording is None:
+            return None
+        self._known.move_to_end(key)
+        with normal_mode():
+            return found(data)
+
+    def _key(self, batch: Batch, data: Sequence[Tensor], steps: int) -> Hashable:
+        return _kind(batch, data, steps), *[x.data_ptr() for x in self._tensors], _modes(data[0])
 
     def _refusal(self, loop: InnerLoop, data: Sequence[Tensor]) -> str | None:
         """Why this call is not recorded, or None."""
@@ -142,7 +160,9 @@ class Recorded:
                 kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                 cache_enabled=False,  # a cached copy would not follow its parameter
             ):  # fmt: skip
-                self.recording = Recording(run, learned, list(loop.buffers()), data, graph)
+                self.recording = Recording(
+                    run, Learned(list(loop.modules()), learned), list(loop.buffers()), data, graph
+                )
             self._predictions = trees[0]
         except RuntimeError as error:
             self.refused = f"cannot be recorded: {str(error).splitlines()[0]}"
