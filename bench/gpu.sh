@@ -88,15 +88,33 @@ tests() {
   "$python" -m pytest --require-native --junitxml="$records/$name.xml" "${workers[@]}" "$@"
 }
 
-# compute-sanitizer is slow: every kernel once or twice. Where the machine has none, that is said.
+# compute-sanitizer is slow: every kernel once or twice, all tools at a time. Where the machine has
+# none, that is said.
 sanitize() {
   command -v compute-sanitizer || return 1
   local tool code=0
   for tool in memcheck racecheck synccheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --kernel-name regex:fastkfo "$python" -m pytest -q -p no:cacheprovider \
-      tests/test_inner_loop_fused_gpu.py -k "test_options and (own or samples) and psd" || code=$?
+    checked "$tool" fastkfo tests/test_inner_loop_fused_gpu.py -k "test_options and own and psd" &
   done
+  checked memcheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
+  checked racecheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
+  for _ in 1 2 3 4 5 6; do
+    wait -n || code=$?
+  done
+  return "$code"
+}
+
+TRITON_SUBSET="cuda and float32 and not large and not elements"
+
+# checked TOOL KERNELS TESTS...
+checked() {
+  local tool=$1 kernels=$2
+  shift 2
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    --kernel-name kernel_substring="$kernels" "$python" -m pytest -q -p no:cacheprovider "$@" \
+    >"$records/$tool-$kernels.log" 2>&1
+  local code=$?
+  echo "$tool $kernels: exit $code; $(grep 'ERROR SUMMARY' "$records/$tool-$kernels.log")"
   return "$code"
 }
 

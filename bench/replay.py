@@ -1,4 +1,4 @@
-"""One call recorded as a CUDA graph: what it takes without the launches. Not yet run on a GPU."""
+"""One call recorded as a CUDA graph: what it takes without the launches."""
 
 from __future__ import annotations
 

@@ -13,7 +13,14 @@ class InnerLoop(Whole):
     def prepare(self, problem: Problem) -> InProcess:
         features, learner = problem.features(), problem.learner(fastkfo)
         learned = Learned(features, learner)
-        inner_loop = fastkfo.InnerLoop(learner, problem.loss, problem.steps, features=features)
+        inner_loop = fastkfo.InnerLoop(
+            learner,
+            problem.loss,
+            problem.steps,
+            features=features,
+            # The models are known to do the same every time, their Lambdas too.
+            capture=True if problem.device == "cuda" else "auto",
+        )
 
         def run() -> Gradient:
             learned.clear()
