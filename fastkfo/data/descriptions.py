@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import index as as_index
+from numbers import Integral
 from typing import Any
 
 __all__ = ["DataDescription", "TaskDescription", "TaskTransform"]
@@ -26,7 +26,7 @@ class DataDescription:
     __slots__ = ("index", "transforms")
 
     def __init__(self, index: int) -> None:
-        self.index = as_index(index)
+        self.index: int = index if type(index) is int else _integer(index)
         self.transforms: list[Callable[[Any], Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataDescription:
@@ -37,6 +37,12 @@ class DataDescription:
 
     def __repr__(self) -> str:
         return f"DataDescription({self.index}, {len(self.transforms)} transforms)"
+
+
+def _integer(index: Any) -> int:
+    if not isinstance(index, Integral):
+        raise TypeError(f"index: expected an int, got {type(index).__name__}")
+    return int(index)
 
 
 TaskDescription = list[DataDescription]

@@ -62,6 +62,7 @@ class _Array:
         self.value: np.ndarray[Any, Any] | None = None
 
     def fill(self, raw: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2's bytes
         if not isinstance(raw, (bytes, bytearray)):
             raise UnsafePickleError(f"an array made of {type(raw).__name__}")
         # A copy, since bytes cannot be written to.
@@ -99,6 +100,10 @@ def _from_buffer(raw: Any, dtype: _DType, shape: tuple[int, ...], order: str) ->
     return _Array().fill(raw, dtype, shape, order)
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 def _never(*arguments: Any) -> Any:
     raise UnsafePickleError("a call of a type")
 
@@ -106,14 +111,15 @@ def _never(*arguments: Any) -> Any:
 _NAMES: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _Text(),
     ("collections", "defaultdict"): _New(_defaultdict),
-    # Arguments of the others, never called.
-    ("builtins", "list"): _New(_never),
-    ("builtins", "int"): _New(_never),
-    ("__builtin__", "list"): _New(_never),
-    ("__builtin__", "int"): _New(_never),
-    ("numpy", "ndarray"): _New(_never),
     ("numpy", "dtype"): _New(_DType),
+    ("numpy", "ndarray"): _New(_never),
 }
+for _module in ("builtins", "__builtin__"):  # the latter in Python 2
+    _NAMES[_module, "set"] = _New(set)
+    _NAMES[_module, "bytes"] = _New(_no_bytes)
+    # Arguments of the others, never called.
+    for _name in ("list", "int", "long"):
+        _NAMES[_module, _name] = _New(_never)
 for _module in ("numpy.core", "numpy._core"):
     _NAMES[f"{_module}.multiarray", "_reconstruct"] = _New(_Array)
     _NAMES[f"{_module}.multiarray", "scalar"] = _New(_scalar)
