@@ -1,8 +1,8 @@
 """learn2learn 0.2.0's `data` as an oracle: its Cython, loaded as Python.
 
-The text of its .pyx files is read from its source when the tests run; declarations of types are left
-out. `<list>x`, a cast that converts nothing, becomes `list(x)`: what follows, `random.sample` of a
-set, is an error on Python 3.11 and newer, and drew from `tuple(x)` before.
+The text of its .pyx files is read from its source when the tests run, without its declarations of
+types. `<list>x`, a cast that converts nothing, becomes `list(x)`: what follows, `random.sample` of
+a set, is an error on Python 3.11 and newer, and drew from `tuple(x)` before.
 """
 
 from __future__ import annotations

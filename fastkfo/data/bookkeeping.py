@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from itertools import chain
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from fastkfo.data.unpickling import UnsafePickleError, load_plain
+from fastkfo.data.whole_files import written_whole
 
 __all__ = ["by_index", "by_label", "labels_of", "load", "save"]
 
@@ -148,13 +148,7 @@ def save(path: str, bookkeeping: dict[str, Any]) -> None:
         )
         return
     try:
-        with tempfile.NamedTemporaryFile(dir=Path(path).parent, delete=False) as file:
-            try:
-                pickle.dump(bookkeeping, file, protocol=4)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with written_whole(Path(path)) as file:
+            pickle.dump(bookkeeping, file, protocol=4)
     except OSError as error:
         warnings.warn(f"{path}: the bookkeeping was not kept ({error})", stacklevel=4)
