@@ -1,8 +1,10 @@
 """fastkfo: learn2learn's meta-learning interface on fused kernels.
 
-`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms`, `utils`
-and `vision.models`.
+`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms`, `utils`,
+`data` and `vision`.
 """
+
+from typing import TYPE_CHECKING
 
 from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
@@ -23,6 +25,11 @@ from fastkfo.utils import (
     warn_once,
 )
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fastkfo import data
+
 __all__ = [
     "BatchedLearner",
     "ImplementationUnavailable",
@@ -36,6 +43,7 @@ __all__ = [
     "clone_module",
     "clone_named_parameters",
     "clone_parameters",
+    "data",
     "detach_distribution",
     "detach_module",
     "explain",
@@ -50,3 +58,12 @@ __all__ = [
     "vision",
     "warn_once",
 ]
+
+
+def __getattr__(name: str) -> "ModuleType":
+    # Imported when it is first used.
+    if name == "data":
+        import importlib
+
+        return importlib.import_module("fastkfo.data")
+    raise AttributeError(f"module 'fastkfo' has no attribute {name!r}")
