@@ -8,6 +8,14 @@
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
+// A block's barrier. nvcc takes for granted that a warp's threads have met again after a loop that
+// some of them did not run, and they had not, always: such a warp was counted twice, and others
+// went on too early (synccheck showed it, and sums that were wrong).
+FASTKFO_FN void wait_for_all() {
+  __syncwarp();
+  __syncthreads();
+}
+
 template <class S>
 struct Executor {
   using Number = S;
@@ -27,14 +35,14 @@ struct Executor {
   FASTKFO_FN void each(int64_t n, const F& f) {
     const int count = static_cast<int>(n);
     for (int i = threadIdx.x; i < count; i += blockDim.x) f(i);
-    __syncthreads();
+    wait_for_all();
   }
   // f(row, i): i counts through all rows, which are ld apart.
   template <class F>
   FASTKFO_FN void each(int64_t rows, int64_t ld, const F& f) {
     const int width = static_cast<int>(ld), count = static_cast<int>(rows) * width;
     for (int i = threadIdx.x; i < count; i += blockDim.x) f(i / width, i);
-    __syncthreads();
+    wait_for_all();
   }
   // Every thread gets the sum, in an order that n and the block fix.
   template <class F>
@@ -43,15 +51,15 @@ struct Executor {
     for (int i = threadIdx.x; i < n; i += blockDim.x) total += f(i);
     for (int k = 16; k > 0; k /= 2) total += __shfl_down_sync(0xffffffff, total, k);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = total;
-    __syncthreads();
+    wait_for_all();
     if (threadIdx.x == 0) {
       S all = 0;
       for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) all += scratch[w];
       scratch[kScratch - 1] = all;
     }
-    __syncthreads();
+    wait_for_all();
     const S all = scratch[kScratch - 1];
-    __syncthreads();
+    wait_for_all();
     return all;
   }
   template <class F>
@@ -100,7 +108,7 @@ struct Executor {
       tiles<2>(rows, columns, inner, a, b, ld_b, c, ld_c, alpha, from);
     else
       tiles<1>(rows, columns, inner, a, b, ld_b, c, ld_c, alpha, from);
-    __syncthreads();
+    wait_for_all();
   }
 
  private:

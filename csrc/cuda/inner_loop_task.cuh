@@ -197,14 +197,14 @@ __global__ void __launch_bounds__(cuda::kThreads)
   int* to = reinterpret_cast<int*>(shared_memory);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Frozen) / sizeof(int)); i += blockDim.x)
     to[i] = from[i];
-  __syncthreads();
+  wait_for_all();
   if (threadIdx.x == 0) {
     frozen.plan.layer = frozen.layer;
     frozen.plan.param = frozen.param;
     frozen.plan.support.slots = frozen.support;
     frozen.plan.query.slots = frozen.query;
   }
-  __syncthreads();
+  wait_for_all();
   Executor<S> executor{reinterpret_cast<S*>(shared_memory + (sizeof(Frozen) + 15) / 16 * 16)};
   BlockTask<S>(executor, call, frozen.plan, reinterpret_cast<S*>(shared_memory + head_bytes<S>()))
       .run();

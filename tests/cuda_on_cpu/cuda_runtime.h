@@ -119,6 +119,7 @@ class Block {
 };
 
 inline void __syncthreads() { Block::running()->wait(); }
+inline void __syncwarp() {}
 
 template <class S>
 S __shfl_down_sync(unsigned, S value, int by) {
