@@ -84,7 +84,7 @@ def test_peers_on_a_gpu(name):
     assert found.passes, found
     assert prepared.seconds() > 0
     assert prepared.peak_bytes() > 0
-    assert prepared.launches() > 100
+    assert prepared.launches() > (5 if name == "inner_loop" else 100)  # fused and recorded
     taken = replay.seconds(prepared.capturable)
     assert taken is None or taken > 0
 

@@ -156,7 +156,7 @@ def test_uint8_is_converted_after_the_draw(dtype, device):
     assert tasks._images.dtype == torch.uint8
     x = tasks.sample(1).x_s
     assert x.dtype == (dtype or torch.float32)
-    values = (torch.arange(8) * 30).to(dtype or torch.float32) / 255
+    values = (torch.arange(8, device=device) * 30).to(dtype or torch.float32) / 255
     assert set(x[0, :, 0, 0, 0].tolist()) <= set(values.tolist())
 
 

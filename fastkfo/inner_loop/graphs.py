@@ -29,6 +29,7 @@ class Graph:
         """Call a function and record what it launches; nothing runs on the device yet."""
         with (
             torch.cuda.device(self._device),
+            _random_state_survives(self._device),
             # Other threads (one that pins memory, say) may go on.
             torch.cuda.graph(
                 self._graph,
@@ -63,6 +64,18 @@ class Graph:
         if device not in _STREAMS:
             _STREAMS[device] = torch.cuda.Stream(device)
         return _STREAMS[device]
+
+
+@contextmanager
+def _random_state_survives(device: torch.device) -> Iterator[None]:
+    """A recording that fails would leave the generator waiting for a graph, for ever."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
 
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
