@@ -6,9 +6,8 @@ learn2learn's .pyx files are compiled here, as its own setup does it; the genera
 is too old for Python 3.11. Cython 0.29.37 is the last of the line that it was written for. Without
 `cython`, or a compiler, its text runs as plain Python, and the record says so. Both draw the same
 tasks, which is checked first. Blocks of both alternate, each after a garbage collection, since
-learn2learn's closures are cycles, whose collection would else be charged to whoever comes next;
-collections within a block count, in a process that holds the books of both. Records:
-`results/<machine>/data/`.
+learn2learn's closures are cycles, whose collection would else be charged to whoever comes next.
+Data sets and books are out of the collector's sight. Records: `results/<machine>/data/`.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def chains(lib: Any, dataset: Any) -> dict[str, list[Any]]:
 
 
 def block(call: Callable[[], Any], seconds: float = 0.1) -> float:
-    """Milliseconds per call."""
+    """Milliseconds per call, the garbage collections that it causes included."""
     gc.collect()
     begin, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - begin < seconds:
@@ -146,6 +145,7 @@ def rows(libs: dict[str, Any], labels: int) -> list[dict[str, Any]]:
         calls = {k: lambda lib=lib, d=dataset: lib.MetaDataset(d) for k, lib in libs.items()}
         found.append(row(f"MetaDataset of {kind}", calls, **about))
     books = {name: lib.MetaDataset(plain) for name, lib in libs.items()}
+    gc.freeze()  # neither's collections go through the books of both
     half = list(range(0, labels, 2))
     calls = {k: lambda k=k: libs[k].transforms.FilterLabels(books[k], half) for k in libs}
     found.append(row("FilterLabels(dataset, half)", calls, **about))
