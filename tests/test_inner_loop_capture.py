@@ -338,3 +338,13 @@ def test_inputs_of_a_step_are_checked(monkeypatch):
         fastkfo.capture(print, [torch.ones(1)])
     with pytest.raises(ValueError, match="got no tensor"):
         fastkfo.capture(print, [])
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["of the package", "somebody's"])
+def test_functions_in_a_model(ours):
+    model = fastkfo.vision.models.OmniglotCNN(5, hidden_size=4)  # has Lambdas of its own
+    if not ours:
+        model = nn.Sequential(model, fastkfo.nn.Lambda(lambda x: x))
+    loop = fastkfo.InnerLoop(fastkfo.algorithms.MAML(model, 0.1), F.cross_entropy, 1)
+    reason = recorder.of_loop(loop)
+    assert reason is None if ours else "Lambda may depend" in reason

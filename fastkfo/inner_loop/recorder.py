@@ -26,8 +26,8 @@ DEVICE = "cuda"
 EAGER_CALLS = 2  # before one is recorded: libraries load, kernels are compiled, workspaces made
 MOST = 4  # recordings of one inner loop; the one that was used least recently goes first
 
-# Modules whose forward may read what no attribute of theirs tells.
-_OPAQUE = {"fastkfo.nn.misc.Lambda", "learn2learn.nn.misc.Lambda"}
+# Modules whose forward is a function that they were given.
+_LAMBDAS = {"fastkfo.nn.misc.Lambda", "learn2learn.nn.misc.Lambda"}
 _AROUND = "a graph is being recorded around it"
 _PACKAGES = ("torch.nn.", "fastkfo.", "learn2learn.")
 
@@ -203,9 +203,15 @@ def _unknown(loop: InnerLoop) -> str | None:
             return f"{name}, a function of its own, {hint}"
     for module in loop.modules():
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        if not kind.startswith(_PACKAGES) or kind in _OPAQUE or not is_plain(module):
+        known = kind.startswith(_PACKAGES) and is_plain(module)
+        if not known or (kind in _LAMBDAS and not _of_a_package(module.lmb)):
             return f"{type(module).__name__} {hint}"
     return None
+
+
+def _of_a_package(function: Any) -> bool:
+    """Whether a function is one of the packages' own, not somebody's."""
+    return f"{getattr(function, '__module__', '')}.".startswith(_PACKAGES)
 
 
 def _kind(batch: Batch, data: Sequence[Tensor], steps: int) -> Hashable:
