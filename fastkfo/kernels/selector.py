@@ -80,6 +80,14 @@ def _select(implementation: str, device: str, op: str) -> str:
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def too_old() -> str | None:
+    """Why the CUDA kernels cannot run on the GPU that is there, or None."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the kernels are for sm_80 and later, this is sm_{major}{minor}"
+
+
 def unavailable(implementation: str, device: str, op: str = "") -> str | None:
     """Why an implementation of an op cannot run on a kind of device, or None if it can."""
     if implementation == "reference":
@@ -89,9 +97,9 @@ def unavailable(implementation: str, device: str, op: str = "") -> str | None:
             return "this op has no Triton kernel"
         from fastkfo.kernels import triton
 
-        return triton.why_unavailable(device)
+        return triton.why_unavailable(device) or (too_old() if device == "cuda" else None)
     if device == "cuda" and op in ON_CUDA:
-        return native.cuda_status().error
+        return native.cuda_status().error or too_old()
     if device != "cpu":
         return f"the native library has kernels of this op for the CPU only, not yet for {device}"
     if not native.available():

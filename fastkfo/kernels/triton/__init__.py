@@ -16,8 +16,6 @@ import os
 import shutil
 from typing import Any
 
-import torch
-
 _MODULES = {
     "conv2d": "conv",
     "conv2d_input": "conv",
@@ -46,10 +44,6 @@ def why_unavailable(device_type: str) -> str | None:
         return "triton is not installed"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton's kernels run on cuda (or under TRITON_INTERPRET=1), not on {device_type}"
-    if device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"Triton's kernels are for sm_80 and later, this GPU is sm_{major}{minor}"
     if os.environ.get("CC") is None and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "Triton needs a C compiler when it first launches a kernel: none was found"
     return None
