@@ -143,3 +143,35 @@ def test_bad_options(options, error, message):
 def test_bad_number_of_tasks(count, error):
     with pytest.raises(error, match="tasks: expected"):
         DigitTasks().sample(count)
+
+
+@pytest.mark.parametrize("split", SPLIT_NAMES)
+def test_draws_stay_what_they_are(split):
+    """The formula of the first version, so that recorded trainings can be repeated."""
+    shots, queries, ways = 2, 3, 4
+    digits = load_digits()
+    images, targets = torch.from_numpy(digits.images), torch.from_numpy(digits.target)
+    train = targets < 5
+    images = ((images - images[train].mean()) / images[train].std()).float()
+    tasks = DigitTasks(split, ways, shots, queries, seed=11)
+    generator = torch.Generator().manual_seed(11)
+    members = [(targets == digit).nonzero().squeeze(1) for digit in SPLITS[split]]
+    if split != "train":
+        halves = [len(m) // 2 for m in members]
+        members = [
+            m[:h] if split == "valid" else m[h:] for m, h in zip(members, halves, strict=True)
+        ]
+    members = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
+    for count in (1, 6):
+        rows = torch.rand(count, 5, generator=generator).argsort(1)[:, :ways]
+        turns = torch.randint(4 if split == "train" else 1, (count, ways), generator=generator)
+        pool = members[rows]
+        keys = torch.rand(pool.shape, generator=generator).masked_fill(pool < 0, 2.0)
+        chosen = pool.gather(2, keys.argsort(2)[..., : shots + queries])
+        found = tasks.sample(count)
+        for t in range(count):
+            for way in range(ways):
+                own = torch.rot90(images[chosen[t, way]], int(turns[t, way]), (1, 2))
+                own = own.unsqueeze(1)
+                assert torch.equal(found.x_s[t, way * shots : (way + 1) * shots], own[:shots])
+                assert torch.equal(found.x_q[t, way * queries : (way + 1) * queries], own[shots:])

@@ -15,9 +15,10 @@ an interval over test tasks says nothing about other digits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+
+from fastkfo.tasks import checks
+from fastkfo.tasks.distribution import Episodes, TaskDistribution
 
 __all__ = ["SPLITS", "DigitTasks", "Episodes"]
 
@@ -28,23 +29,7 @@ SPLITS: dict[str, tuple[int, ...]] = {
 }
 
 
-class Episodes(NamedTuple):
-    """A batch of T tasks with S support and Q query samples each.
-
-    Attributes:
-        x_s: Support images, ``[T, S, 1, 8, 8]``.
-        y_s: Support labels, ``[T, S]``, int64 in ``[0, ways)``.
-        x_q: Query images, ``[T, Q, 1, 8, 8]``.
-        y_q: Query labels, ``[T, Q]``, int64 in ``[0, ways)``.
-    """
-
-    x_s: torch.Tensor
-    y_s: torch.Tensor
-    x_q: torch.Tensor
-    y_q: torch.Tensor
-
-
-class DigitTasks:
+class DigitTasks(TaskDistribution):
     """Balanced few-shot classification tasks on 8x8 digits.
 
     Images have zero mean and unit variance, both taken from the training digits over all pixels.
@@ -91,14 +76,11 @@ class DigitTasks:
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        _check_count("ways", ways)
-        _check_count("shots", shots)
-        _check_count("queries", queries)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
+        checks.count("ways", ways)
+        checks.count("shots", shots)
+        checks.count("queries", queries)
+        super().__init__(seed=seed, device=device, generator="cpu")
+        dtype = checks.floating("dtype", dtype)
         digits = SPLITS[split] if digits is None else tuple(digits)
         if len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
             raise ValueError(f"digits: expected distinct digits from 0 to 9, got {digits}")
@@ -121,30 +103,17 @@ class DigitTasks:
                 f"split {split!r}, got {shots} + {queries} = {shots + queries}"
             )
         self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
-        self.digits, self.dtype, self.device = digits, dtype, torch.device(device or "cpu")
+        self.digits, self.dtype = digits, dtype
         self.rotations = 4 if split == "train" else 1
-        self._generator = torch.Generator().manual_seed(seed)
-        # [R, N, 8, 8]: all images at all rotations (230 KB each)
-        self._images = torch.stack(
+        # [R * N, 8, 8]: all images at all rotations (230 KB each)
+        self._images_per_rotation = len(images)
+        self._images = torch.cat(
             [torch.rot90(images, r, (1, 2)) for r in range(self.rotations)]
         ).to(dtype)
         # [D, M]: the images of each digit, ragged rows padded with -1
         self._members = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
 
-    def sample(self, tasks: int) -> Episodes:
-        """Draws the next ``tasks`` tasks.
-
-        Args:
-            tasks: How many, T.
-
-        Returns:
-            The tasks. Samples are grouped by class: labels are 0, 0, …, 1, 1, …
-
-        Raises:
-            TypeError: If tasks is no integer.
-            ValueError: If tasks is not positive.
-        """
-        _check_count("tasks", tasks)
+    def _draw(self, tasks: int) -> Episodes:
         per_class = self.shots + self.queries
         # A random order cut short is a draw without replacement.
         order = torch.rand(tasks, len(self.digits), generator=self._generator).argsort(1)
@@ -153,15 +122,14 @@ class DigitTasks:
         pool = self._members[row]  # [T, ways, M]
         keys = torch.rand(pool.shape, generator=self._generator).masked_fill_(pool < 0, 2.0)
         chosen = pool.gather(2, keys.argsort(2)[..., :per_class])  # [T, ways, shots + queries]
-        x = self._images[rotation[..., None], chosen].unsqueeze(3).to(self.device)
+        index = (rotation * self._images_per_rotation)[..., None] + chosen
         y = torch.arange(self.ways, device=self.device)
-        y = y.view(1, -1, 1).expand(tasks, -1, per_class)
-        return Episodes(
-            x[:, :, : self.shots].flatten(1, 2),
-            y[:, :, : self.shots].flatten(1, 2),
-            x[:, :, self.shots :].flatten(1, 2),
-            y[:, :, self.shots :].flatten(1, 2),
-        )
+        found: list[torch.Tensor] = []
+        for part in index.split([self.shots, self.queries], 2):
+            x = self._images.index_select(0, part.flatten()).to(self.device)
+            found.append(x.view(tasks, -1, 1, 8, 8))
+            found.append(y.repeat_interleave(part.shape[2]).repeat(tasks, 1))
+        return Episodes(*found)
 
 
 def _load() -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,10 +143,3 @@ def _load() -> tuple[torch.Tensor, torch.Tensor]:
         ) from error
     data = load_digits()
     return torch.from_numpy(data.images), torch.from_numpy(data.target).long()
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
