@@ -1,10 +1,10 @@
 """fastkfo: learn2learn's meta-learning interface on fused kernels.
 
-`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms`, `utils`
-and `vision.models`.
+`import fastkfo as l2l` runs scripts that use learn2learn's `optim`, `nn`, `algorithms`, `utils`,
+`data` and `vision`.
 """
 
-from fastkfo import algorithms, functional, nn, optim, utils, vision
+from fastkfo import algorithms, data, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
 from fastkfo.inner_loop import BatchedLearner, InnerLoop, explain, per_task
@@ -35,6 +35,7 @@ __all__ = [
     "clone_module",
     "clone_named_parameters",
     "clone_parameters",
+    "data",
     "detach_distribution",
     "detach_module",
     "explain",

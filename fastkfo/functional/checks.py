@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
@@ -34,6 +34,14 @@ def finite(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def positive(name: str, value: object) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def same_dtype_and_device(name: str, x: Tensor, other_name: str, other: Tensor, i: int) -> None:

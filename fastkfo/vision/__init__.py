@@ -1,5 +1,5 @@
-"""Few-shot vision under learn2learn's names: its models; not its data sets, nor its transforms."""
+"""Few-shot vision under learn2learn's names: models, data sets, benchmarks, rotations."""
 
-from fastkfo.vision import models
+from fastkfo.vision import benchmarks, datasets, models, transforms
 
-__all__ = ["models"]
+__all__ = ["benchmarks", "datasets", "models", "transforms"]

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 from torch import Tensor, nn
 
-from fastkfo.functional.checks import finite
+from fastkfo.functional.checks import finite, positive
 
 __all__ = ["fitting", "identity", "positive", "rate"]
-
-
-def positive(name: str, value: object) -> None:
-    """Raise unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def rate(name: str, value: float) -> None:
