@@ -108,6 +108,8 @@ class Trainer:
         accuracy 71.48 ± 0.66 %
     """
 
+    _random: dict[str, Any]
+
     def __init__(
         self,
         config: TrainConfig,
@@ -244,7 +246,7 @@ class Trainer:
         self._best: float | None = None
         self._best_iteration, self._validated, self._saved = 0, 0, 0
         self._cut = False
-        self._random: dict[str, Any] = random_states.seeded(self.config.seed, self._device)
+        self._random = random_states.seeded(self.config.seed, self._device)
         self._fresh = {
             split: self.problem.tasks[split].state_dict() for split in ("validation", "test")
         }
