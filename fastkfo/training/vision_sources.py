@@ -52,9 +52,7 @@ def mini_imagenet(config: TrainConfig, split: str) -> Labelled:
     """
     from fastkfo.vision.datasets import MiniImagenet
 
-    dataset = MiniImagenet(
-        config.root, mode=split, transform=_as_bytes, download=config.download
-    )
+    dataset = MiniImagenet(config.root, mode=split, transform=_as_bytes, download=config.download)
     if dataset.x is not None:
         return Labelled(dataset.x.contiguous(), torch.as_tensor(dataset.y))
     return read_dataset(dataset)
