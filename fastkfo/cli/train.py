@@ -15,6 +15,8 @@ from fastkfo.cli.errors import ending_with
 from fastkfo.cli.interrupts import Interrupts
 from fastkfo.cli.train_display import Display
 from fastkfo.training import (
+    DATASETS,
+    METHODS,
     PRESETS,
     CheckpointError,
     Diverged,
@@ -25,9 +27,15 @@ from fastkfo.training import (
     preset,
     read_config,
 )
+from fastkfo.training.backbones import BACKBONES
 
 __all__ = ["TrainCommand", "train"]
 
+_NAMES = {
+    "method": [f"One of {', '.join(METHODS)}."],
+    "dataset": [f"Names: {', '.join(DATASETS)}."],
+    "backbone": [f"Else KIND-SIZES: mlp-40x40, or BLOCKSxCHANNELS of {', '.join(BACKBONES)}."],
+}
 LAST = "."  # --resume without a path: the run folder's own last checkpoint
 
 
@@ -132,7 +140,8 @@ def _option(each: Field[Any]) -> inspect.Parameter:
     flag = each.name.replace("_", "-")
     names = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     default = str(each.default) if each.default not in ("", None) else False
-    info = typer.Option(names, help=each.metadata["help"], show_default=default)
+    text = " ".join([each.metadata["help"], *_NAMES.get(each.name, ())])
+    info = typer.Option(names, help=text, show_default=default)
     return _parameter(each.name, Annotated[kind | None, info], None)
 
 

@@ -101,10 +101,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         path = path / "last.pt"
     if not path.is_file():
         raise CheckpointError(f"checkpoint: expected a file, got {path}, which is not there")
+    begins_as_zip = _begins_as_zip(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} {_what_is_wrong(path, error)}") from None
+        raise CheckpointError(
+            f"checkpoint: {path} {_what_is_wrong(path, begins_as_zip, error)}"
+        ) from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"checkpoint: {path} can be read, but fastkfo did not write it")
     if state["format"] > FORMAT:
@@ -156,22 +159,32 @@ def _shape(tensor: Any) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, OSError):
-        return f"cannot be read: {first}"
+def _what_is_wrong(path: Path, begins_as_zip: bool, error: Exception) -> str:
+    """What torch.load's exception means; a damaged file can raise almost anything."""
+    whole = zipfile.is_zipfile(path)
+    if begins_as_zip and not whole:
+        return "is cut off or damaged"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        if zipfile.is_zipfile(path):
+        if whole:
             return "holds more than tensors and plain values; it could run code, so it is not read"
         return "is no checkpoint, or could run code: it is not read"
-    if _begins_as_zip(path):
-        return "is cut off or damaged"
-    return "is no checkpoint"
+    return "is damaged" if whole else "is no checkpoint"
 
 
 def _begins_as_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
+    """Whether a file begins as those of torch.save do.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {error.strerror}") from None
 
 
 def _umask() -> int:

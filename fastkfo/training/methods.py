@@ -68,8 +68,8 @@ def build(config: TrainConfig, shape: Sequence[int], outputs: int, regression: b
     """
     check_method(config)
     features, model = _networks(config, shape, outputs)
-    learner = _learner(config, model)
     place = {"device": torch.device(config.device), "dtype": getattr(torch, config.dtype)}
+    learner = _learner(config, model.to(**place))  # its rates and factors are as the model is
     learner.to(**place)
     if features is not None:
         features.to(**place)

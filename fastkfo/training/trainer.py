@@ -239,7 +239,7 @@ class Trainer:
         )
         learned = list(self.built.train.parameters())
         self._learned = [p for p in learned if p.requires_grad]
-        self._buffers = [b for b in self.built.train.buffers() if b.is_floating_point()]
+        self._buffers = list(self.built.train.buffers())  # running statistics
         self.optimizer = torch.optim.Adam(self._learned, lr=self.config.meta_lr)
         self.iteration, self._loss = 0, math.nan
         self._skipped, self._in_a_row = 0, 0
