@@ -109,7 +109,7 @@ def test_better():
 
 
 def test_a_run_is_evaluated_as_it_was_tested(tmp_path):
-    result = Trainer(small(tmp_path / "r")).run()
+    result = Trainer(small(tmp_path / "r", fast_lr=1.0)).run()
     found = evaluate(tmp_path / "r", tasks=4)
     assert (found.after, found.before) == (result.test.after, result.test.before)
     scores = {evaluate(tmp_path / "r", tasks=20, seed=seed).after for seed in range(3)}
