@@ -91,3 +91,12 @@ def test_what_is_cheaper_is_chosen(monkeypatch):
     draws.distinct(4, 10, 5, 10, generator("cpu"))
     draws.distinct(100, 10_000, 5, 10_000, generator("cpu"))
     assert used == ["keys", "insertion"]
+
+
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (9, 4), (9, 9), (200, 20)])
+@pytest.mark.parametrize("levels", [3, 50, None], ids=["many equal", "some equal", "distinct"])
+def test_smallest_is_argsort_cut_short(size, k, levels):
+    for seed in range(20):
+        keys = torch.rand(2, 3, size, generator=generator("cpu", seed))
+        keys = keys if levels is None else keys.mul(levels).floor()
+        assert torch.equal(draws.smallest(keys, k), keys.argsort()[..., :k])

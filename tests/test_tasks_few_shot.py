@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkfo.tasks import FewShotTasks
+from fastkfo.tasks import FewShotTasks, few_shot
 from tests.test_tasks_draws import assert_uniform
 
 pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
@@ -131,6 +131,14 @@ def test_rotations_are_classes(mix, device):
     assert len(seen) == 12
     # Distinct with probability 8/11 * 4/10 if mixed.
     assert repeats == 0 if not mix else abs(repeats / 300 - 1 + 32 / 110) < 0.15
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_turns_are_those_of_rot90(size, device):
+    x = torch.rand(8, 2, size, size, device=device)
+    turns = torch.arange(8, device=device) % 4
+    for one, found, r in zip(x, few_shot._turned(x, turns), turns.tolist(), strict=True):
+        assert torch.equal(found, torch.rot90(one, r, (1, 2)))
 
 
 def test_more_ways_than_classes_where_rotations_mix():

@@ -1,6 +1,7 @@
 """Task distributions that yield whole meta-batches as tensors."""
 
 from fastkfo.tasks import augmentations
+from fastkfo.tasks.ahead import DrawAhead
 from fastkfo.tasks.digits import DigitTasks
 from fastkfo.tasks.distribution import Episodes, TaskDistribution
 from fastkfo.tasks.few_shot import FewShotTasks
@@ -11,6 +12,7 @@ from fastkfo.tasks.toys import BinaryClassificationTasks, LinearRegressionTasks,
 __all__ = [
     "BinaryClassificationTasks",
     "DigitTasks",
+    "DrawAhead",
     "Episodes",
     "FewShotTasks",
     "Labelled",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from fastkfo.tasks import checks
+from fastkfo.tasks import checks, draws
 from fastkfo.tasks.distribution import Episodes, TaskDistribution
 
 __all__ = ["SPLITS", "DigitTasks", "Episodes"]
@@ -121,7 +121,7 @@ class DigitTasks(TaskDistribution):
         rotation = torch.randint(self.rotations, (tasks, self.ways), generator=self._generator)
         pool = self._members[row]  # [T, ways, M]
         keys = torch.rand(pool.shape, generator=self._generator).masked_fill_(pool < 0, 2.0)
-        chosen = pool.gather(2, keys.argsort(2)[..., :per_class])  # [T, ways, shots + queries]
+        chosen = pool.gather(2, draws.smallest(keys, per_class))  # [T, ways, shots + queries]
         index = (rotation * self._images_per_rotation)[..., None] + chosen
         y = torch.arange(self.ways, device=self.device)
         found: list[torch.Tensor] = []
