@@ -4,7 +4,9 @@
 `data` and `vision`.
 """
 
-from fastkfo import algorithms, data, functional, nn, optim, utils, vision
+from typing import TYPE_CHECKING
+
+from fastkfo import algorithms, functional, nn, optim, utils, vision
 from fastkfo._backends import backends
 from fastkfo._version import __version__
 from fastkfo.inner_loop import BatchedLearner, InnerLoop, explain, per_task
@@ -22,6 +24,11 @@ from fastkfo.utils import (
     update_module,
     warn_once,
 )
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fastkfo import data
 
 __all__ = [
     "BatchedLearner",
@@ -50,3 +57,12 @@ __all__ = [
     "vision",
     "warn_once",
 ]
+
+
+def __getattr__(name: str) -> "ModuleType":
+    # Imported when it is first used.
+    if name == "data":
+        import importlib
+
+        return importlib.import_module("fastkfo.data")
+    raise AttributeError(f"module 'fastkfo' has no attribute {name!r}")

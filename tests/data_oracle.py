@@ -13,7 +13,8 @@ import re
 import sys
 import types
 
-from tests.oracle import learn2learn
+from tests import torchvision_stand_in
+from tests.oracle import learn2learn, vision_models
 
 _TYPED = re.compile(r"(?<=[(,])(\s*)(?:list|int|long|bool|dict|object) (?=\w)")
 
@@ -65,3 +66,26 @@ def learn2learn_data():
                 setattr(data, name, value)
     data.samplers = importlib.import_module("learn2learn.data.samplers")
     return data
+
+
+@functools.cache
+def learn2learn_vision():
+    """Return `learn2learn.vision` with its data sets, benchmarks, transforms and models."""
+    models = vision_models()
+    learn2learn_data()
+    package = learn2learn()
+    names = ("", ".meta_dataset", ".task_dataset", ".transforms", ".utils", ".samplers")
+    for name in names:  # `vision_models` puts a stand-in there
+        sys.modules[f"learn2learn.data{name}"] = functools.reduce(
+            getattr, filter(None, name.split(".")), package.data
+        )
+    package.vision = vision = sys.modules["learn2learn.vision"]
+    vision.models = models
+    before = set(sys.modules)
+    with torchvision_stand_in.installed():
+        for name in ("datasets", "transforms", "benchmarks"):
+            module = importlib.import_module(f"learn2learn.vision.{name}")
+            setattr(vision, name, module)
+        kept = {n: m for n, m in sys.modules.items() if n not in before and "torchvision" not in n}
+    sys.modules.update(kept)
+    return vision
