@@ -86,7 +86,12 @@ def test_another_architecture_is_named(run, tmp_path):
     for use in (evaluate, Trainer.resume):
         with pytest.raises(CheckpointError, match=message):
             use(tmp_path / "a.pt")
-    state["config"] = {**state["config"], "backbone": "plain-2x4", "method": "anil"}
+    state["config"] = {
+        **state["config"],
+        "backbone": "plain-2x4",
+        "method": "anil",
+        "adapt_transform": False,
+    }
     save_checkpoint(tmp_path / "b.pt", state)
     with pytest.raises(CheckpointError, match=r"the learner in it lacks module\.weight"):
         evaluate(tmp_path / "b.pt")

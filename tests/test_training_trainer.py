@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastkfo.training import (
     Watcher,
     load_checkpoint,
 )
+from fastkfo.training.checkpoints import save_checkpoint
 from fastkfo.training.methods import build
 from fastkfo.training.sources import load
 from tests.training_cases import assert_same_run, metrics, same, small
@@ -137,6 +139,39 @@ def test_lines_of_lost_iterations_are_removed(tmp_path):
     assert_same_run(tmp_path / "r", tmp_path / "whole")
 
 
+def test_stopped_before_the_first_iteration(tmp_path):
+    Trainer(small(tmp_path / "whole")).run()
+    assert Trainer(small(tmp_path / "r"), stop=lambda: True).run().iteration == 0
+    Trainer.resume(tmp_path / "r").run()
+    assert_same_run(tmp_path / "r", tmp_path / "whole")
+
+
+def test_a_finished_run_is_tested_again(tmp_path):
+    first = Trainer(small(tmp_path / "r")).run()
+    again = Trainer.resume(tmp_path / "r").run()
+    assert again.test.after == first.test.after
+    assert [line["kind"] for line in metrics(tmp_path / "r")].count("test") == 1
+    tests = Trainer.resume(tmp_path / "r", test_tasks=8).run().test.tasks
+    assert tests == 8
+
+
+def test_a_checkpoint_with_parts_that_do_not_fit(tmp_path):
+    Trainer(small(tmp_path / "r", iterations=2)).run()
+    state = load_checkpoint(tmp_path / "r")
+    for key, value in (
+        ("random", {}),
+        ("random", {**state["random"], "torch": torch.zeros(3, dtype=torch.uint8)}),
+        ("optimizer", {}),
+        ("tasks", {"generator": None, "device": "cpu"}),
+        ("validation", None),
+    ):
+        save_checkpoint(tmp_path / "bad.pt", {**state, key: value})
+        before = torch.get_rng_state()
+        with pytest.raises(CheckpointError, match="it does not go with this run"):
+            Trainer.resume(tmp_path / "bad.pt")
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_validation_and_its_number_of_tasks_do_not_change_the_training(tmp_path):
     runs = []
     for i, options in enumerate([{}, {"validation_tasks": 7}, {"validate_every": 2}]):
@@ -152,6 +187,8 @@ def test_options_that_would_make_it_another_run(tmp_path):
     for name, value in (("method", "anil"), ("fast_lr", 0.2), ("seed", 1), ("ways", 3)):
         with pytest.raises(CheckpointError, match=f"{name}: the run in .* was begun with"):
             Trainer.resume(tmp_path / "r", **{name: value})
+    with pytest.raises(ValueError, match="changes: unknown wayz"):
+        Trainer.resume(tmp_path / "r", wayz=3)
     result = Trainer.resume(tmp_path / "r", iterations=8, backbone="plain-2x4").run()
     assert result.iteration == 8
 
@@ -256,6 +293,34 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     Trainer(small(tmp_path / "r", tensorboard=True)).run()
     assert list((tmp_path / "r" / "tensorboard").glob("events*"))
+
+
+def test_wandb_gets_the_metrics(tmp_path, monkeypatch):
+    import importlib.util
+    import types
+
+    logged, begun = [], []
+
+    class Run:
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = types.ModuleType("wandb", "a stand-in")
+    fake.init = lambda **options: (begun.append(options), Run())[1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: fake)
+    Trainer(small(tmp_path / "r", wandb=True), **stop_after(3)).run()
+    Trainer.resume(tmp_path / "r").run()
+    assert begun[0]["id"] == begun[1]["id"]
+    assert begun[0]["config"]["ways"] == 2
+    steps = [
+        step for step, values in filter(lambda x: x != "finished", logged) if "train/loss" in values
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert logged.count("finished") == 2
 
 
 def test_the_config_that_ran_is_written(tmp_path):

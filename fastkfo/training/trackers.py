@@ -33,12 +33,13 @@ class JsonLines:
 
     Args:
         path: The file.
-        iteration: Lines beyond this one are removed: a run that is resumed computes them again.
+        last: By kind, the last iteration whose lines stay; a run that is resumed computes what
+            came after it again.
     """
 
-    def __init__(self, path: Path, iteration: int) -> None:
+    def __init__(self, path: Path, last: Mapping[str, int]) -> None:
         if path.is_file():
-            kept = [line for line in path.read_bytes().splitlines(True) if _kept(line, iteration)]
+            kept = [line for line in path.read_bytes().splitlines(True) if _kept(line, last)]
             write_whole(path, lambda file: file.writelines(kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -113,18 +114,20 @@ def check_installed(config: TrainConfig) -> None:
             )
 
 
-def trackers(config: TrainConfig, folder: Path, iteration: int) -> list[Tracker]:
+def trackers(config: TrainConfig, folder: Path, iteration: int, validated: int) -> list[Tracker]:
     """Opens the trackers that a config asks for.
 
     Args:
         config: Says which.
         folder: The run folder, which is there.
         iteration: Where the run begins or goes on.
+        validated: The last iteration that was validated.
 
     Returns:
         The trackers; the first is ``metrics.jsonl``.
     """
-    found: list[Tracker] = [JsonLines(folder / "metrics.jsonl", iteration)]
+    last = {"train": iteration, "validation": validated}  # a test is of a run that has ended
+    found: list[Tracker] = [JsonLines(folder / "metrics.jsonl", last)]
     if config.tensorboard:
         found.append(_TensorBoard(folder / "tensorboard", iteration))
     if config.wandb:
@@ -142,10 +145,11 @@ def _identity(folder: Path) -> str:
     return file.read_text().strip()
 
 
-def _kept(line: bytes, iteration: int) -> bool:
-    """Whether a line is whole and not beyond an iteration."""
+def _kept(line: bytes, last: Mapping[str, int]) -> bool:
+    """Whether a line is whole and of an iteration that stays."""
     try:
-        return line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
+        values = json.loads(line)
+        return line.endswith(b"\n") and values["iteration"] <= last.get(values["kind"], -1)
     except (ValueError, KeyError, TypeError):
         return False
 

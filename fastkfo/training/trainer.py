@@ -21,7 +21,7 @@ from fastkfo.training.checkpoints import (
     save_checkpoint,
     write_whole,
 )
-from fastkfo.training.config import TrainConfig, write_config
+from fastkfo.training.config import TrainConfig, check_keys, write_config
 from fastkfo.training.evaluation import Evaluation, config_of, measure
 from fastkfo.training.methods import build, check_method
 from fastkfo.training.trackers import Tracker, check_installed, trackers
@@ -91,7 +91,7 @@ class Trainer:
         stop: Asked after every iteration; True ends the run there, with a checkpoint.
 
     Attributes:
-        config: The config, with the backbone's name in place of ``auto``.
+        config: The config, with what ``auto`` and None stand for in their place.
         folder: The run folder; nothing is written before `run`.
         built: The learner and its inner loops.
         problem: The tasks.
@@ -119,9 +119,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_method(config)
-        source = sources.source_of(config)
-        if config.backbone == "auto":
-            config = config.changed(backbone=source.backbone)
+        config = _settled(config)
         check_installed(config)
         self.config, self.folder = config, config.folder
         if not overwrite:
@@ -151,10 +149,12 @@ class Trainer:
 
         Raises:
             CheckpointError: If the checkpoint cannot be used, or an option differs.
+            ValueError: If an option is unknown or cannot be used.
         """
         path = Path(checkpoint).expanduser()
         state = load_checkpoint(path)
         config = config_of(state)
+        check_keys(changes, "changes")
         for name, value in changes.items():
             had = getattr(config, name, None)
             # The backbone is known by its name by now, whatever auto stood for.
@@ -186,8 +186,9 @@ class Trainer:
             Diverged: If ``patience`` iterations in a row were not finite.
             ValueError: If the folder cannot be written to.
         """
-        folders.make_ready(self.folder, resumed=self.iteration > 0)
+        folders.make_ready(self.folder, resumed=self._saved >= 0)
         write_config(self.folder / "config.toml", self.config)
+        self._cut = False
         with random_states.own(self._random, self._device), self._tracked():
             try:
                 self._iterate()
@@ -244,8 +245,7 @@ class Trainer:
         self.iteration, self._loss = 0, math.nan
         self._skipped, self._in_a_row = 0, 0
         self._best: float | None = None
-        self._best_iteration, self._validated, self._saved = 0, 0, 0
-        self._cut = False
+        self._best_iteration, self._validated, self._saved = 0, 0, -1
         self._random = random_states.seeded(self.config.seed, self._device)
         self._fresh = {
             split: self.problem.tasks[split].state_dict() for split in ("validation", "test")
@@ -257,18 +257,21 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.problem.tasks["train"].load_state_dict(state["tasks"])
-            self._random = state["random"]
+            with random_states.own(state["random"], self._device):
+                self._random = state["random"]
             self._best = state["validation"]["best"]
             self._best_iteration = state["validation"]["best_iteration"]
             self._validated = state["validation"]["last_iteration"]
             self._skipped, self._in_a_row = (state["skipped"][k] for k in ("all", "in_a_row"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"checkpoint: it does not go with this run: {error}") from None
         self.iteration = self._saved = state["iteration"]
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
-        self._trackers: list[Tracker] = trackers(self.config, self.folder, self.iteration)
+        self._trackers: list[Tracker] = trackers(
+            self.config, self.folder, self.iteration, self._validated
+        )
         try:
             yield
         finally:
@@ -385,10 +388,10 @@ class Trainer:
         load_weights(self.built.features, state["features"], "feature extractor")
 
     def _save(self) -> None:
+        for tracker in self._trackers:
+            tracker.flush()  # first: of what a checkpoint is past, nothing is computed again
         save_checkpoint(self.folder / "last.pt", self.state())
         self._saved = self.iteration
-        for tracker in self._trackers:
-            tracker.flush()
 
     def _track(self, kind: str, values: dict[str, Any]) -> None:
         for tracker in self._trackers:
@@ -405,3 +408,12 @@ class Trainer:
         }
         text = json.dumps(values, indent=1, allow_nan=False) + "\n"
         write_whole(self.folder / "result.json", lambda file: file.write(text.encode()))
+
+
+def _settled(config: TrainConfig) -> TrainConfig:
+    """A config with what its defaults stand for."""
+    kfo = config.method.endswith("-kfo")
+    adapt = kfo if config.adapt_transform is None else config.adapt_transform
+    source = sources.source_of(config)
+    backbone = source.backbone if config.backbone == "auto" else config.backbone
+    return config.changed(adapt_transform=adapt, backbone=backbone)
