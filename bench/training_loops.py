@@ -13,7 +13,7 @@ from fastkfo.tasks import Episodes
 from fastkfo.training import Evaluation, TrainConfig, Trainer
 from fastkfo.training.evaluation import measure
 from fastkfo.training.methods import Built, build
-from fastkfo.training.sources import Problem, load
+from fastkfo.training.sources import Problem, load, settled
 
 Weights = dict[str, Tensor]
 
@@ -51,7 +51,7 @@ class Theirs:
     def __init__(self, config: TrainConfig, l2l: Any) -> None:
         if config.hidden_kfo_layers:
             raise ValueError("hidden_kfo_layers: learn2learn has no non-linear transform")
-        self.config = config
+        self.config = config = settled(config)
         self.problem: Problem = load(config)
         self.built: Built = build(
             config, self.problem.shape, self.problem.outputs, self.problem.regression
@@ -126,7 +126,7 @@ def _learner(config: TrainConfig, model: nn.Module, l2l: Any) -> Any:
             model,
             l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear),
             lr=lr,
-            adapt_transform=config.adapt_transform is not False,
+            adapt_transform=config.adapt_transform,
             first_order=first_order,
         )
     elif config.method == "meta-curvature":

@@ -15,6 +15,7 @@ from fastkfo.training import (
     TrainConfig,
     Trainer,
     Watcher,
+    backbones,
     load_checkpoint,
 )
 from fastkfo.training.checkpoints import save_checkpoint
@@ -119,6 +120,29 @@ def test_a_run_that_was_interrupted_ends_the_same(options, at, tmp_path):
     second = Trainer.resume(tmp_path / "parts").run()
     assert not second.interrupted
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:fastkfo. tasks run one after the other")
+def test_random_draws_go_on_where_they_were(tmp_path, monkeypatch):
+    """Dropout draws from PyTorch's global state, a layer of one's own from Python's or numpy's."""
+
+    class Noise(torch.nn.Module):
+        def forward(self, x):
+            return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
+
+    def noisy(shape, sizes):
+        return torch.nn.Sequential(
+            *backbones.features("plain-2x4", shape)[0], torch.nn.Dropout(), Noise()
+        )
+
+    monkeypatch.setitem(backbones.BACKBONES, "noisy", (noisy, ""))
+    options = {"backbone": "noisy-2x4", "method": "anil", "validate_every": 0}
+    Trainer(small(tmp_path / "whole", **options)).run()
+    Trainer(small(tmp_path / "parts", **options), **stop_after(3)).run()
+    Trainer.resume(tmp_path / "parts").run()
+    a, b = (load_checkpoint(tmp_path / name) for name in ("parts", "whole"))
+    for key in ("learner", "features", "random"):
+        assert same(a[key], b[key]), key
 
 
 def test_random_states_of_the_caller_stay(tmp_path):
@@ -252,6 +276,12 @@ def _copy(trainer):
         lambda t: t.clone() if isinstance(t, torch.Tensor) else t,
         {key: state[key] for key in ("learner", "optimizer")},
     )
+
+
+def test_sinusoids_have_a_rate_of_their_own(tmp_path):
+    for expected, options in ((0.01, {"dataset": "sinusoid"}), (0.1, {}), (2.0, {"fast_lr": 2})):
+        config = small(tmp_path / "a", **({"backbone": "auto"} | options))
+        assert Trainer(config).config.fast_lr == expected
 
 
 def test_many_in_a_row_end_it(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class TrainConfig:
     queries: int = _option(15, "Query samples per class (sinusoid: points).", 1)
     steps: int = _option(5, "Inner steps.", 1)
     meta_batch: int = _option(16, "Tasks per iteration.", 1)
-    fast_lr: float = _option(0.1, "Inner learning rate.")
+    fast_lr: float | None = _option(None, "Inner learning rate; default: 0.1, for sinusoid 0.01.")
     meta_lr: float = _option(0.001, "Learning rate of Adam.")
     iterations: int = _option(1000, "Meta-iterations.", 1)
     seed: int = _option(0, "Of initial weights and tasks.", 0)
@@ -91,6 +91,8 @@ class TrainConfig:
                 raise ValueError(f"{each.name}: expected at least {least}, got {value}")
         for name in ("fast_lr", "meta_lr"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a positive finite number, got {value}")
             object.__setattr__(self, name, float(value))  # an int in a file

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fastkfo.nn import KroneckerLinear, KroneckerNetwork
 from fastkfo.optim import KroneckerTransform, MetaCurvatureTransform
 from fastkfo.training import backbones
 from fastkfo.training.config import TrainConfig
+from fastkfo.training.sources import settled
 
 __all__ = ["METHODS", "Built", "build", "check_method"]
 
@@ -55,7 +57,7 @@ def build(config: TrainConfig, shape: Sequence[int], outputs: int, regression: b
     Methods with the same backbone start from the same weights of it and of the head.
 
     Args:
-        config: The method and its options; ``backbone`` is a name, not ``auto``.
+        config: The method and its options; what it leaves open is settled by the data set.
         shape: Of one input.
         outputs: Of the head.
         regression: Whether the loss is the mean squared error; else cross-entropy.
@@ -66,6 +68,7 @@ def build(config: TrainConfig, shape: Sequence[int], outputs: int, regression: b
     Raises:
         ValueError: If the method or backbone is unknown, or an option does not go with it.
     """
+    config = settled(config)
     check_method(config)
     features, model = _networks(config, shape, outputs)
     place = {"device": torch.device(config.device), "dtype": getattr(torch, config.dtype)}
@@ -130,16 +133,17 @@ def _networks(
 
 
 def _learner(config: TrainConfig, model: nn.Module) -> MAML | MetaSGD | GBML:
+    lr: Any = config.fast_lr  # a float, since the config is settled
     if config.method == "meta-sgd":
-        return MetaSGD(model, lr=config.fast_lr, first_order=config.first_order)
+        return MetaSGD(model, lr=lr, first_order=config.first_order)
     if config.method in ("maml", "anil", "maml-linnet"):
-        return MAML(model, lr=config.fast_lr, first_order=config.first_order)
+        return MAML(model, lr=lr, first_order=config.first_order)
     kfo = config.method.endswith("-kfo")
     return GBML(
         model,
         transform=_kronecker(config.hidden_kfo_layers) if kfo else MetaCurvatureTransform,
-        lr=config.fast_lr,
-        adapt_transform=kfo if config.adapt_transform is None else config.adapt_transform,
+        lr=lr,
+        adapt_transform=bool(config.adapt_transform),
         first_order=config.first_order,
     )
 

@@ -19,7 +19,7 @@ from fastkfo.tasks import (
 from fastkfo.tasks.loading import Labelled
 from fastkfo.training.config import TrainConfig
 
-__all__ = ["DATASETS", "SPLITS", "Problem", "load"]
+__all__ = ["DATASETS", "SPLITS", "Problem", "load", "settled"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -51,11 +51,13 @@ class Source:
         text: What it is, for people.
         backbone: What ``auto`` stands for.
         make: Makes one split's tasks.
+        fast_lr: The inner learning rate, if none is given.
     """
 
     text: str
     backbone: str
     make: Callable[[TrainConfig, str], TaskDistribution]
+    fast_lr: float = 0.1
 
 
 def load(config: TrainConfig, splits: Iterable[str] = SPLITS) -> Problem:
@@ -102,6 +104,22 @@ def source_of(config: TrainConfig) -> Source:
     raise ValueError(
         f"dataset: expected one of {', '.join(DATASETS)}, or a folder with {', '.join(SPLITS)} in "
         f"it, got {config.dataset!r}"
+    )
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """A config with what its defaults stand for, by its data set and method.
+
+    Returns:
+        The config; ``backbone``, ``fast_lr`` and ``adapt_transform`` are neither auto nor None.
+    """
+    source = source_of(config)
+    kfo = config.method.endswith("-kfo")
+    adapt = kfo if config.adapt_transform is None else config.adapt_transform
+    return config.changed(
+        adapt_transform=adapt,
+        backbone=source.backbone if config.backbone == "auto" else config.backbone,
+        fast_lr=source.fast_lr if config.fast_lr is None else config.fast_lr,
     )
 
 
@@ -209,7 +227,7 @@ def _mini_imagenet(config: TrainConfig, split: str) -> TaskDistribution:
 #: By name.
 DATASETS = {
     "digits": Source("8 x 8 handwritten digits, part of scikit-learn", "plain-2x16", _digits),
-    "sinusoid": Source("regression on sine waves", "mlp-40x40", _sinusoid),
+    "sinusoid": Source("regression on sine waves", "mlp-40x40", _sinusoid, 0.01),
     "omniglot": Source("1623 characters, 28 x 28, at four rotations", "strided-4x64", _omniglot),
     "cifar-fs": Source("100 classes, 32 x 32", "mean-4x32", _cifar_fs),
     "mini-imagenet": Source("100 classes, 84 x 84", "pool-4x32", _mini_imagenet),

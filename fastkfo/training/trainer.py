@@ -119,7 +119,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_method(config)
-        config = _settled(config)
+        config = sources.settled(config)
         check_installed(config)
         self.config, self.folder = config, config.folder
         if not overwrite:
@@ -408,12 +408,3 @@ class Trainer:
         }
         text = json.dumps(values, indent=1, allow_nan=False) + "\n"
         write_whole(self.folder / "result.json", lambda file: file.write(text.encode()))
-
-
-def _settled(config: TrainConfig) -> TrainConfig:
-    """A config with what its defaults stand for."""
-    kfo = config.method.endswith("-kfo")
-    adapt = kfo if config.adapt_transform is None else config.adapt_transform
-    source = sources.source_of(config)
-    backbone = source.backbone if config.backbone == "auto" else config.backbone
-    return config.changed(adapt_transform=adapt, backbone=backbone)
