@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path / "a.pt", {"iteration": 2})
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_name_changes_hands_in_one_step(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", {"iteration": 1})
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def fail(source, target):
+        assert zipfile.is_zipfile(source)
+        raise OSError("not now")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="not now"):
         save_checkpoint(tmp_path / "a.pt", {"iteration": 2})
     assert (tmp_path / "a.pt").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

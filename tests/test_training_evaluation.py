@@ -68,6 +68,16 @@ def test_nothing_moves_and_modes_come_back():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_dropout_is_off():
+    config, problem, built = prepared(method="anil")
+    start = problem.tasks["test"].state_dict()
+    without = measured(config, problem, built)
+    built.features.append(torch.nn.Dropout(0.9))
+    problem.tasks["test"].load_state_dict(start)
+    assert measured(config, problem, built).after == without.after
+    assert built.features[-1].training
+
+
 def test_what_is_not_finite_is_wrong():
     config, problem, built = prepared(method="maml", fast_lr=1e200)
     found = measured(config, problem, built)
