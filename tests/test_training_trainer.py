@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from fastkfo.training import (
     CheckpointError,
     Diverged,
+    Evaluation,
     TrainConfig,
     Trainer,
     Watcher,
     backbones,
+    evaluate,
     load_checkpoint,
 )
 from fastkfo.training.checkpoints import save_checkpoint
