@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -358,7 +359,9 @@ class Trainer:
         """On the best weights; the last ones are put back."""
         if self.config.test_tasks == 0:
             return None
-        last = self.state()
+        now = self.state()
+        # Copies: a state dict's tensors are the parameters' own.
+        last = {key: copy.deepcopy(now[key]) for key in ("learner", "features")}
         best = self.folder / "best.pt"
         try:
             if best.is_file() and self._best is not None:
