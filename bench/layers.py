@@ -10,7 +10,6 @@ is the same build with the layers' forms and the gradients of large tasks switch
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import machine
 from bench.peers import inner_loop_peer
 from bench.problem import Problem
-from bench.records import RESULTS
+from bench.records import write_rows
 from fastkfo.functional import conv2d
 from fastkfo.inner_loop import forms, run
 
@@ -149,15 +148,6 @@ def shares(workload: str) -> dict[str, Any]:
     return {"ms": round(ms, 1), **part, "rest": round(1 - sum(part.values()), 3)}
 
 
-def write(name: str, rows: Any) -> None:
-    """With the machine, the versions and the commit."""
-    environment = machine.environment("cpu")
-    folder = RESULTS / environment["machine"] / "layers"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment, "rows": rows}, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n")
-
-
 def main() -> None:
     threads = torch.get_num_threads()
     found = []
@@ -166,14 +156,14 @@ def main() -> None:
         for shape in SHAPES:
             found.append(rates(shape, count))
             print(found[-1], flush=True)
-    write("rates", found)
+    write_rows("layers", "rates", machine.environment("cpu"), found)
     parts = []
     for workload in ("omniglot-cnn", "cifarfs-cnn-2", "miniimagenet-cnn4"):
         with before():
             parts.append({"workload": workload, "when": "before", **shares(workload)})
         parts.append({"workload": workload, "when": "after", **shares(workload)})
         print(*parts[-2:], sep="\n", flush=True)
-    write("shares", parts)
+    write_rows("layers", "shares", machine.environment("cpu"), parts)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ class Record:
         os.replace(partial, self.path)
 
 
+def write_rows(folder: str, name: str, environment: dict[str, Any], rows: Any) -> None:
+    """Rows alone, with the machine, the versions and the commit, in a folder of the machine's."""
+    path = RESULTS / environment["machine"] / folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+
+
 def load(path: Path) -> list[dict[str, Any]]:
     """The runs of a record.
 

@@ -120,6 +120,21 @@ def test_transforms_called_one_by_one_draw_the_same(chain):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+def test_given_books_in_any_order(chain):
+    labels = LABELS["gaps"]
+    books = {
+        y: [i for i in range(len(labels)) if labels[i] == y][::-1] for y in sorted(set(labels))
+    }
+    found = []
+    for lib in (theirs, ours):
+        dataset = lib.MetaDataset(Labelled(labels), books)
+        tasks = lib.Taskset(dataset, steps(lib, dataset, *chain))
+        random.seed(8)
+        found.append([as_lists(tasks.sample()) for _ in range(3)])
+    assert found[0] == found[1]
+
+
 def test_a_subclass_is_called_as_it_is():
     class Fewer(ours.transforms.NWays):
         def __call__(self, task_description):

@@ -49,6 +49,18 @@ def test_cifarfs_tasks_are_learn2learns(tmp_path, sizes, device):
     assert 0 <= tasks.train.sample()[0].min() < 0.1 < tasks.test.sample()[0].max() <= 1
 
 
+def test_many_validation_classes(tmp_path):
+    """So many that the order in which a set lists labels depends on the transforms' order."""
+    root = images.cifarfs(tmp_path, classes=(2, 60, 2), images=2)
+    sizes = {"train_ways": 2, "train_samples": 2, "test_ways": 2, "test_samples": 2}
+    found = []
+    for lib in (benchmarks, oracle.benchmarks):
+        tasks = lib.get_tasksets("cifarfs", root=root, **sizes).validation
+        random.seed(7)
+        found.append([tasks.sample() for _ in range(40)])
+    assert_same_tasks(found[:1], found[1:])
+
+
 @pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("augmentation", [None, "normalize"])
 def test_mini_imagenet_tasks_are_learn2learns(tmp_path, augmentation, device):
@@ -81,6 +93,8 @@ def test_lee2019(tmp_path):
     np.testing.assert_allclose(test.std((0, 2, 3)), 73.9 / std, atol=0.01)
     assert x.min() >= (-mean / std).min() - 1e-5
     assert x.max() <= ((255 - mean) / std).max() + 1e-5
+    brightest = torch.tensor((255 - mean) / std)[:, None, None]
+    assert (x > brightest - 0.01).double().mean() < 0.4  # what was not scaled would all be there
     with pytest.raises(
         ValueError, match="data_augmentation: expected None, normalize or lee2019, got 'x'"
     ):

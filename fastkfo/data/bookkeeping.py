@@ -57,7 +57,16 @@ def labels_of(dataset: Dataset[Any]) -> list[Any]:
         return known
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"dataset: expected one with a length, got {type(dataset).__name__}")
-    return [_label(dataset[i], i) for i in range(len(dataset))]
+    found = []
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        try:
+            label = sample[1]
+        except (TypeError, IndexError, KeyError) as error:
+            got = type(sample).__name__
+            raise TypeError(f"dataset: expected samples (data, label), got {got} at {i}") from error
+        found.append(label if type(label) in _PLAIN else _key(label, i))
+    return found
 
 
 def known_labels(dataset: Any) -> list[Any] | None:
@@ -80,13 +89,8 @@ def known_labels(dataset: Any) -> list[Any] | None:
     return None
 
 
-def _label(sample: Any, index: int) -> Any:
-    try:
-        label = sample[1]
-    except (TypeError, IndexError, KeyError) as error:
-        raise TypeError(
-            f"dataset: expected samples (data, label), got {type(sample).__name__} at {index}"
-        ) from error
+def _key(label: Any, index: int) -> Any:
+    """A label as a key: a number where it is a tensor, or one of numpy's."""
     if isinstance(label, Tensor) and label.numel() != 1:
         raise ValueError(
             f"dataset: expected scalar labels, got shape {tuple(label.shape)} at {index}"

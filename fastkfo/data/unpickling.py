@@ -44,8 +44,8 @@ class _DType:
     __slots__ = ("value",)
 
     def __init__(self, name: str, align: Any = False, copy: Any = True) -> None:
-        self.value = np.dtype(name)
-        if self.value.kind not in "biuf" or not isinstance(name, str):
+        self.value = np.dtype(name if isinstance(name, str) else "O")
+        if self.value.kind not in "biuf":
             raise UnsafePickleError(f"arrays of dtype {name!r}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

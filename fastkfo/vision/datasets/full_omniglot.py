@@ -38,7 +38,7 @@ class FullOmniglot(ImageFolder):
         root: The folder; `~` is the user's own.
         transform: Of a Pillow image.
         target_transform: Of a label.
-        download: Whether to download what is not there (14 MB).
+        download: Whether to download what is not there.
 
     Attributes:
         root: As given, without `~`.
