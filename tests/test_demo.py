@@ -170,7 +170,7 @@ def test_interrupts_keep_what_there_is(phase, number, code, tmp_path, monkeypatc
 def test_second_interrupt_quits_at_once():
     code = (
         "import os, signal\n"
-        "from fastkfo.cli.demo_training import Interrupts\n"
+        "from fastkfo.cli.interrupts import Interrupts\n"
         "with Interrupts() as interrupts:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print(interrupts.signal.name, interrupts.exit_code, flush=True)\n"

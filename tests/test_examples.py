@@ -10,12 +10,16 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("loop", "batched", "inner_loop")
 
 
-def run(name, iterations):
+def load(name):
     pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(iterations)
+    return module
+
+
+def run(name, iterations):
+    return load(name).main(iterations)
 
 
 def test_they_train_alike(capsys):

@@ -1,4 +1,4 @@
-"""The ``fastkfo`` command; needs the ``demo`` extra."""
+"""The ``fastkfo`` command; needs the ``demo`` or ``train`` extra."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 __all__ = ["main"]
 
 _EXTRA = ("matplotlib", "rich", "sklearn", "typer")
+_TRAINING = ("train", "evaluate")
 
 
 def main() -> None:
@@ -22,9 +23,10 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:
             raise
+        extra = "train" if sys.argv[1:2] and sys.argv[1] in _TRAINING else "demo"
         print(
             f"fastkfo: the command needs {missing!r}, which is not installed. It is part of the "
-            "demo extra: pip install 'fastkfo[demo]'",
+            f"{extra} extra: pip install 'fastkfo[{extra}]'",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

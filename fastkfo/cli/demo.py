@@ -20,7 +20,8 @@ from fastkfo.cli.demo_methods import Settings, build_runs
 from fastkfo.cli.demo_notes import footnotes
 from fastkfo.cli.demo_plot import write_plot
 from fastkfo.cli.demo_report import record, table, write_json
-from fastkfo.cli.demo_training import Interrupts, TaskSets, measure, test, train
+from fastkfo.cli.demo_training import TaskSets, measure, test, train
+from fastkfo.cli.interrupts import Interrupts
 
 __all__ = ["demo"]
 
