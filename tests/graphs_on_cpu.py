@@ -10,20 +10,23 @@ class Graph:
     """Takes the place of fastkfo.inner_loop.graphs.Graph."""
 
     made = 0
+    recording = None  # True while something is recorded
     buffers = ()  # what a body changes, and a recording must not
 
-    def __init__(self, device, pool=None):
-        self.pool = object()
+    def __init__(self, device, first=None):
         Graph.made += 1
 
-    @classmethod
-    def beside(cls, body, tensors):
+    def beside(self, body, tensors):
         return body(*tensors)
 
     def record(self, body):
         self.body, self.mode = body, torch.is_grad_enabled()
-        with kept(Graph.buffers):
-            return self._keep(body())
+        Graph.recording = True
+        try:
+            with kept(Graph.buffers):
+                return self._keep(body())
+        finally:
+            Graph.recording = None
 
     def _keep(self, results):
         self.memory = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, results)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkfo.inner_loop.graphs import Graph
+from fastkfo.inner_loop.graphs import Graph, Turns, modes, without_cached_casts
 from fastkfo.inner_loop.recorder import DEVICE, EAGER_CALLS
 from fastkfo.inner_loop.trees import map_tensors
 
@@ -29,7 +29,7 @@ def capture(step: Callable[..., Any], example: Sequence[Tensor]) -> Captured:
         example: tensors like those of every call, all on one CUDA device.
 
     Returns:
-        A function of such tensors. What it returns are copies.
+        A function of such tensors. What it returns are copies, without a graph of autograd's.
 
     Raises:
         TypeError: `step` cannot be called, or `example` holds something that is no tensor.
@@ -56,9 +56,11 @@ class Captured:
     """What :func:`capture` returns."""
 
     def __init__(self, step: Callable[..., Any], kinds: list[Any], graph: Any = Graph) -> None:
-        self._step, self._kinds, self._graph_of = step, kinds, graph
+        self._step, self._kinds = step, kinds
         self._calls = 0
-        self._graph: Any = None
+        self._device = kinds[0][2]
+        self._graph, self._turns = graph(self._device), Turns(self._device)
+        self._inputs: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run the step.
@@ -67,31 +69,42 @@ class Captured:
             tensors: of the example's shapes and dtypes, on its device.
 
         Returns:
-            What the step returns.
+            What the step returns, as copies without a graph.
 
         Raises:
             ValueError: the tensors are not like the example.
-            RuntimeError: the step cannot be recorded; the message is CUDA's own.
+            RuntimeError: the step cannot be recorded (the message is CUDA's own), or grad mode,
+                autocast or a switch of PyTorch's is not what it was when it was recorded.
         """
         kinds = [(x.shape, x.dtype, x.device) for x in tensors]
         if kinds != self._kinds:
-            expected = [f"{list(s)} {d} on {v}" for s, d, v in self._kinds]
-            raise ValueError(
-                f"tensors: expected {', '.join(expected)}, got "
-                f"{', '.join([f'{list(s)} {d} on {v}' for s, d, v in kinds])}"
+            expected, got = (
+                ", ".join([f"{list(s)} {d} on {v}" for s, d, v in x]) for x in (self._kinds, kinds)
             )
-        if self._graph is None:
-            self._calls += 1
-            if self._calls <= EAGER_CALLS:
-                return self._graph_of.beside(self._step, tensors)
-            self._record(tensors)
-        with torch.no_grad():
-            torch._foreach_copy_(self._inputs, list(tensors))
-        self._graph.replay()
-        return map_tensors(lambda x: x.detach().clone(), self._results)
+            raise ValueError(f"tensors: expected {expected}, got {got}")
+        with self._turns.taken():
+            if not self._inputs:
+                self._calls += 1
+                if self._calls <= EAGER_CALLS:
+                    with without_cached_casts(self._device):
+                        return _copied(self._graph.beside(self._step, tensors))
+                self._record(tensors)
+            if modes(self._device) != self._modes:
+                raise RuntimeError(
+                    "capture: grad mode, autocast or a switch of PyTorch's changed since the step "
+                    "was recorded"
+                )
+            with torch.no_grad():
+                torch._foreach_copy_(self._inputs, list(tensors))
+            self._graph.replay()
+            return _copied(self._results)
 
     def _record(self, tensors: Sequence[Tensor]) -> None:
         inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
-        graph = self._graph_of(inputs[0].device)
-        self._results = graph.record(lambda: self._step(*inputs))
-        self._graph, self._inputs = graph, inputs
+        with without_cached_casts(self._device):
+            self._results = self._graph.record(lambda: self._step(*inputs))
+        self._inputs, self._modes = inputs, modes(self._device)
+
+
+def _copied(results: Any) -> Any:
+    return map_tensors(lambda x: x.detach().clone(), results)

@@ -90,7 +90,7 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
             "again in the backward pass"
         )
     yield f"buffers: {_BUFFERS[inner_loop.buffer_mode]}"
-    yield f"capture: {_capture(inner_loop, batches)}"
+    yield f"capture: {_capture(inner_loop, batches[0], isinstance(given.x_s, list))}"
 
 
 def _together(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
@@ -167,12 +167,12 @@ def _update(run: Run, g: list[Tensor | None]) -> str:
     return f"{one}, but {', '.join(others)} under torch.func.vmap"
 
 
-def _capture(inner_loop: InnerLoop, batches: list[Batch]) -> str:
+def _capture(inner_loop: InnerLoop, batch: Batch, listed: bool) -> str:
     if inner_loop.capture is False:
         return "off"
-    if len(batches) > 1:
-        return "none: tasks of several shapes"
-    reason = of_devices(batches[0].tensors()) or of_loop(inner_loop) or inner_loop.recorder.why_not
+    if listed:
+        return "none: a list of tasks"
+    reason = of_devices(batch.tensors()) or of_loop(inner_loop) or inner_loop.recorder.failed
     if reason is not None:
         return f"none: {reason}"
     return f"CUDA graphs, from call {EAGER_CALLS + 1} of a shape on"

@@ -202,7 +202,8 @@ class InnerLoop(nn.Module):
             found = at_once(self, given, steps)
             if found is not None:
                 return found
-        if self.capture is not False and step_weights is None:
+        recorded = self._recorded(isinstance(x_s, list))
+        if recorded and step_weights is None:
             found = self.recorder.at_once(self, given, steps)
             if found is not None:
                 return found
@@ -214,11 +215,22 @@ class InnerLoop(nn.Module):
         if isinstance(x_s, list):
             with normal_mode():
                 return self._listed(settings, groups, weights)
-        if self.capture is not False:
+        if recorded:
             found = self.recorder.outcome(self, given, settings.steps, weights)
             if found is not None:
                 return found
         return self.eager(given, settings.steps, weights)
+
+    def _recorded(self, listed: bool) -> bool:
+        """Whether the call may be recorded, or was."""
+        if self.capture is False:
+            self.recorder.clear()
+            return False
+        if listed and self.capture is True:
+            raise ValueError(
+                "capture: expected a call that can be recorded: x_s is a list of tasks"
+            )
+        return not listed and not torch.compiler.is_compiling()
 
     def eager(self, batch: Batch, steps: int, weights: Tensor | None) -> Outcome:
         """A call for tasks of equal shapes, as it runs without a recording.
@@ -262,7 +274,7 @@ class InnerLoop(nn.Module):
             raise ValueError(f"learner: expected one that can be batched, got one where {reason}")
         settings = self.settings(steps)
         with normal_mode():
-            batch = self._normal(batch)
+            batch = self.normal(batch)
             with torch.enable_grad():
                 if self.features is not None:
                     run = Run(settings, batch, tasks, weighted=False)
@@ -335,7 +347,7 @@ class InnerLoop(nn.Module):
         self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
     ) -> Outcome:
         """T tasks of equal shapes."""
-        batch = self._normal(batch)
+        batch = self.normal(batch)
 
         def batched() -> tuple[Outcome, Parts]:
             return self._pieces(settings, batch, tasks, weights, self.chunk_size or tasks)
@@ -352,7 +364,7 @@ class InnerLoop(nn.Module):
 
     def _listed(self, settings: Settings, groups: list[Group], weights: Tensor | None) -> Outcome:
         """Tasks of any shapes, group by group; or one by one, in their order."""
-        groups = [group._replace(batch=self._normal(group.batch)) for group in groups]
+        groups = [group._replace(batch=self.normal(group.batch)) for group in groups]
         indices = [t for group in groups for t in group.indices]
         order = torch.tensor(indices).argsort()
         places = {t: (g.batch, k) for g in groups for k, t in enumerate(g.indices)}
@@ -443,7 +455,7 @@ class InnerLoop(nn.Module):
             )
 
     @staticmethod
-    def _normal(batch: Batch) -> Batch:
+    def normal(batch: Batch) -> Batch:
         """Tensors of inference mode have no place in a graph, not even an inner step's."""
         return batch.map(lambda x: x.clone() if x.is_inference() else x)
 

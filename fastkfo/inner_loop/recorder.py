@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastkfo.inner_loop.graphs import Graph, Learned, Recording
+from fastkfo.inner_loop.graphs import Graph, modes
 from fastkfo.inner_loop.guards import normal_mode
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Layout
 from fastkfo.inner_loop.loss import PerTask
+from fastkfo.inner_loop.options import rule_of
+from fastkfo.inner_loop.recording import Recording, Results, Source
 from fastkfo.inner_loop.run import Outcome
 from fastkfo.inner_loop.watched import Watched
-from fastkfo.optim.recognise import is_plain
+from fastkfo.optim.recognise import global_hooks, is_plain
 
 if TYPE_CHECKING:
     from fastkfo.inner_loop.inner_loop import InnerLoop
@@ -40,15 +44,23 @@ class Recorder:
     """
 
     def __init__(self, graph: Any = Graph) -> None:
-        self._graph = graph
-        self._known: OrderedDict[Hashable, Recorded] = OrderedDict()
-        self._watched: Watched | None = None
-        self._own: str | None = None  # why the loop, as it is watched, is not recorded
-        self.why_not: str | None = None  # the last refusal
+        self._graph, self._lock = graph, threading.RLock()
+        self.failed: str | None = None  # why the last attempt to record failed
+        self.why_not: str | None = None  # why the last call was not replayed
+        self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without recordings: those belong to one device's memory."""
         return Recorder, ()
+
+    def clear(self) -> None:
+        """Let go of all recordings, and their memory."""
+        self._known: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self._watched: Watched | None = None
+        self._loop: Any = None  # a weak reference: its memory should not wait for a collector
+        self._options: Any = None
+        self._tensors: list[Tensor] = []
+        self._refused: str | None = None  # why the loop, as it is watched, is not recorded
 
     def outcome(
         self, loop: InnerLoop, batch: Batch, steps: int, weights: Tensor | None
@@ -68,24 +80,27 @@ class Recorder:
             ValueError: the loop's `capture` is True, and this call cannot be recorded.
             RuntimeError: `capture` is True, and recording failed.
         """
+        batch = loop.normal(batch)
         data = batch.tensors() if weights is None else [*batch.tensors(), weights]
-        self.why_not = self._refusal(loop, data)
-        if self.why_not is not None:
-            if loop.capture is True and self.why_not != _AROUND:
-                raise ValueError(f"capture: expected a call that can be recorded: {self.why_not}")
-            return None
-        key = self._key(batch, data, steps)
-        found = self._known.setdefault(key, Recorded())
-        self._known.move_to_end(key)
-        while len(self._known) > MOST:
-            self._known.popitem(last=False)
-        with normal_mode():
+        with self._lock, normal_mode():
+            self.why_not = self._refusal(loop, data)
+            if self.why_not is not None:
+                if loop.capture is True and self.why_not != _AROUND:
+                    raise ValueError(
+                        f"capture: expected a call that can be recorded: {self.why_not}"
+                    )
+                return None
+            key = self._key(batch, data, steps)
+            found = self._known.setdefault(key, Recorded())
+            self._known.move_to_end(key)
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
             if found.recording is None:
                 found.calls += 1
                 if found.calls <= EAGER_CALLS:
                     return None
-                found.record(loop, batch, steps, weights, self._graph)
-                self.why_not = found.refused
+                found.record(self, loop, batch, steps, weights)
+                self.why_not = self.failed = found.refused
                 if found.recording is None:
                     if loop.capture is True:
                         raise RuntimeError(f"capture: the inner loop {found.refused}")
@@ -95,36 +110,66 @@ class Recorder:
     def at_once(self, loop: InnerLoop, batch: Batch, steps: int | None) -> Outcome | None:
         """The same of a call that was recorded already, before anything else is looked at."""
         data = [x for x in batch if x is not None]
-        if not self._known or any([type(x) is not Tensor for x in data]):
+        if not self._known or any([type(x) is not Tensor or x.is_inference() for x in data]):
             return None
-        if self._refusal(loop, data) is not None:
-            return None
-        key = self._key(batch, data, loop.steps if steps is None else steps)
-        found = self._known.get(key)
-        if found is None or found.recording is None:
-            return None
-        self._known.move_to_end(key)
-        with normal_mode():
+        with self._lock, normal_mode():
+            if self._refusal(loop, data) is not None:
+                return None
+            key = self._key(batch, data, loop.steps if steps is None else steps)
+            found = self._known.get(key)
+            if found is None or found.recording is None:
+                return None
+            self._known.move_to_end(key)
             return found(data)
 
-    def _key(self, batch: Batch, data: Sequence[Tensor], steps: int) -> Hashable:
-        return _kind(batch, data, steps), *[x.data_ptr() for x in self._tensors], _modes(data[0])
+    def record(self, source: Source, data: Sequence[Tensor]) -> Recording:
+        """A recording."""
+        return Recording(source, data, self._graph)
+
+    def source(self, loop: InnerLoop, run: Any, learned: Sequence[Tensor]) -> Source:
+        """What is recorded of a loop."""
+        known = {id(x) for x in learned}
+        others = [x for x in self._tensors if id(x) not in known]
+        watched = self._watched
+        assert watched is not None
+        return Source(run, list(loop.modules()), learned, others, watched.unchanged)
 
     def _refusal(self, loop: InnerLoop, data: Sequence[Tensor]) -> str | None:
         """Why this call is not recorded, or None."""
         if (reason := of_devices(data)) is not None:
+            self.clear()
             return reason
-        if self._watched is None or not self._watched.unchanged():
-            self._known.clear()
-            self._watched, self._own = Watched(loop.modules()), of_loop(loop)
+        same = self._loop is not None and self._loop() is loop
+        options = _options(loop)
+        if not same or options != self._options or not self._unchanged():
+            self.clear()
+            self._loop, self._options = weakref.ref(loop), options
+            self._watched = Watched([m for m in loop.modules() if m is not loop])
             self._tensors = [*loop.parameters(), *loop.buffers()]
-        if self._own is not None:
-            return self._own
+            self._refused = of_loop(loop) or _elsewhere(loop, self._tensors, data[0].device)
+        if self._refused is not None:
+            return self._refused
         if torch._C._are_functorch_transforms_active():
             return "a transform of torch.func is active"
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return _AROUND
         return None
+
+    def _unchanged(self) -> bool:
+        return self._watched is not None and self._watched.unchanged()
+
+    def _key(self, batch: Batch, data: Sequence[Tensor], steps: int) -> Hashable:
+        """What a recording holds for, beside what is watched."""
+        types: Hashable = tuple([type(x) for x in batch])
+        if any([x is not None and type(x) is not Tensor for x in batch]):
+            types = str(tree_flatten(tuple(batch))[1])
+        return (
+            types,
+            steps,
+            *[(x.shape, x.dtype, x.device, x.requires_grad) for x in data],
+            *[(x.data_ptr(), x.stride()) for x in self._tensors],
+            modes(data[0].device),
+        )
 
 
 class Recorded:
@@ -136,35 +181,35 @@ class Recorded:
         self.recording: Recording | None = None
 
     def record(
-        self, loop: InnerLoop, batch: Batch, steps: int, weights: Tensor | None, graph: Any
+        self,
+        recorder: Recorder,
+        loop: InnerLoop,
+        batch: Batch,
+        steps: int,
+        weights: Tensor | None,
     ) -> None:
         """Record, or note why that failed; once."""
         if self.refused is not None:
             return
         layout, trees = Layout(batch), [tree_flatten(None)[1]]
-        weighted = weights is not None
+        weighted, weakly = weights is not None, weakref.ref(loop)
 
-        def run(data: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        def run(data: Sequence[Tensor]) -> Results:
             tensors, own = (data[:-1], data[-1]) if weighted else (data, None)
-            out = loop.eager(layout.batch(tensors), steps, own)
+            of: Any = weakly()
+            out = of.eager(layout.batch(tensors), steps, own)
             seen, trees[0] = tree_flatten(out.predictions)
+            if not all([isinstance(x, Tensor) for x in seen]):
+                raise TypeError("its predictions hold something that is no tensor")
             return out.loss, [out.support_loss, out.finite, *seen]
 
         data = batch.tensors() if weights is None else [*batch.tensors(), weights]
-        leaves = loop.leaves(batch, weights)
-        learned = leaves._replace(weights=[], data=[]).flat()
-        learned = [x for x in dict.fromkeys(learned) if x.requires_grad]
-        kind = data[0].device.type
+        leaves = loop.leaves(batch, weights)._replace(weights=[], data=[]).flat()
+        learned = [x for x in dict.fromkeys(leaves) if x.requires_grad]
         try:
-            with torch.autocast(
-                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
-                cache_enabled=False,  # a cached copy would not follow its parameter
-            ):  # fmt: skip
-                self.recording = Recording(
-                    run, Learned(list(loop.modules()), learned), list(loop.buffers()), data, graph
-                )
+            self.recording = recorder.record(recorder.source(loop, run, learned), data)
             self._predictions = trees[0]
-        except RuntimeError as error:
+        except Exception as error:  # the call runs as it is, and raises what is not the recording's
             self.refused = f"cannot be recorded: {str(error).splitlines()[0]}"
 
     def __call__(self, data: Sequence[Tensor]) -> Outcome:
@@ -186,11 +231,31 @@ def of_loop(loop: InnerLoop) -> str | None:
     """Why an inner loop is not recorded, or None."""
     if loop.capture is False:
         return "capture=False"
+    if global_hooks():
+        return "there are hooks for all modules"
     if (reason := loop.own_step()) is not None:
         return reason
     if loop.memory != "full" or loop.chunk_size is not None:
         return "memory and chunk_size put random states back, which a graph cannot"
     return None if loop.capture is True else _unknown(loop)
+
+
+def _options(loop: InnerLoop) -> tuple[Any, ...]:
+    """What an inner loop is, beside its modules' own attributes."""
+    return (
+        *loop._modules.values(), loop.loss, loop.query_loss, loop.memory, loop.buffer_mode,
+        loop.chunk_size, loop.backend, loop.capture, loop.training, *loop.options.values(),
+    )  # fmt: skip
+
+
+def _elsewhere(loop: InnerLoop, tensors: Sequence[Tensor], device: torch.device) -> str | None:
+    """A graph has a number for what lies on another device, and sees parameters alone."""
+    known = {id(x) for x in tensors}
+    rates = rule_of(loop.learner, loop.options).rates
+    if any([id(x) not in known for x in rates]):
+        return "a learning rate is a tensor and no parameter"
+    others = sorted({str(x.device) for x in tensors if x.device != device})
+    return f"parameters or buffers are on {', '.join(others)}" if others else None
 
 
 def _unknown(loop: InnerLoop) -> str | None:
@@ -212,23 +277,3 @@ def _unknown(loop: InnerLoop) -> str | None:
 def _of_a_package(function: Any) -> bool:
     """Whether a function is one of the packages' own, not somebody's."""
     return f"{getattr(function, '__module__', '')}.".startswith(_PACKAGES)
-
-
-def _kind(batch: Batch, data: Sequence[Tensor], steps: int) -> Hashable:
-    """What a recording holds for of its arguments."""
-    types: Hashable = tuple([type(x) for x in batch])
-    if any([x is not None and type(x) is not Tensor for x in batch]):
-        types = str(tree_flatten(tuple(batch))[1])
-    return types, steps, *[(x.shape, x.dtype, x.device, x.requires_grad) for x in data]
-
-
-def _modes(like: Tensor) -> Hashable:
-    """What a recording holds for of PyTorch's own switches."""
-    kind = like.device.type
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-    )
