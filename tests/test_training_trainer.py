@@ -225,10 +225,21 @@ def test_options_that_would_make_it_another_run(tmp_path):
     for name, value in (("method", "anil"), ("fast_lr", 0.2), ("seed", 1), ("ways", 3)):
         with pytest.raises(CheckpointError, match=f"{name}: the run in .* was begun with"):
             Trainer.resume(tmp_path / "r", **{name: value})
+    with pytest.raises(CheckpointError, match="out: the run in"):
+        Trainer.resume(tmp_path / "r", out=str(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match="changes: unknown wayz"):
         Trainer.resume(tmp_path / "r", wayz=3)
     result = Trainer.resume(tmp_path / "r", iterations=8, backbone="plain-2x4").run()
     assert result.iteration == 8
+
+
+def test_a_folder_may_move(tmp_path):
+    Trainer(small(tmp_path / "whole")).run()
+    Trainer(small(tmp_path / "r"), **stop_after(4)).run()
+    (tmp_path / "r").rename(tmp_path / "moved")
+    assert Trainer.resume(tmp_path / "moved").run().folder == tmp_path / "moved"
+    assert not (tmp_path / "r").exists()
+    assert_same_run(tmp_path / "moved", tmp_path / "whole")
 
 
 def test_a_folder_that_holds_a_run(tmp_path):
