@@ -19,7 +19,12 @@ from tests.training_cases import assert_same_run, metrics, same, small, stop_aft
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "maml-kfo", "hidden_kfo_layers": 1, "backbone": "mlp-4"},
+        {
+            "method": "maml-kfo",
+            "hidden_kfo_layers": 1,
+            "backbone": "mlp-4",
+            "adapt_transform": True,
+        },
         {"method": "anil-kfo"},
         {"method": "meta-sgd", "first_order": True},
         {"dataset": "sinusoid", "method": "meta-curvature", "backbone": "mlp-8"},
