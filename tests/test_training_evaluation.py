@@ -68,6 +68,7 @@ def test_nothing_moves_and_modes_come_back():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.filterwarnings("ignore:fastkfo. tasks run one after the other")
 def test_dropout_is_off():
     config, problem, built = prepared(method="anil")
     start = problem.tasks["test"].state_dict()

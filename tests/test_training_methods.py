@@ -24,7 +24,7 @@ def test_all_begin_where_maml_does():
     maml = first_loss("maml")[1]
     for method in ("maml-kfo", "meta-sgd", "meta-curvature"):
         assert first_loss(method, adapt_transform=False)[1] == pytest.approx(maml, rel=1e-9)
-    hidden = first_loss("maml-kfo", adapt_transform=False, hidden_kfo_layers=2)[1]
+    hidden = first_loss("maml-kfo", hidden_kfo_layers=2)[1]  # not adapted, by default
     assert hidden != maml
     assert hidden == pytest.approx(maml, rel=1e-3)
     assert first_loss("maml-kfo")[1] != pytest.approx(maml, rel=1e-6)  # adapted, by default

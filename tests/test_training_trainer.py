@@ -1,29 +1,24 @@
 """The trainer: what it learns, how it goes on, what it refuses, what it does about a NaN."""
 
 import json
-import random
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastkfo.training import (
-    CheckpointError,
     Diverged,
     Evaluation,
     TrainConfig,
     Trainer,
     Watcher,
-    backbones,
     evaluate,
     load_checkpoint,
 )
-from fastkfo.training.checkpoints import save_checkpoint
 from fastkfo.training.methods import build
 from fastkfo.training.sources import load
-from tests.training_cases import assert_same_run, metrics, same, small
+from tests.training_cases import metrics, same, small, stop_after
 
 
 class Listen(Watcher):
@@ -35,19 +30,6 @@ class Listen(Watcher):
 
     def skipped(self, iteration, why):
         self.skips.append((iteration, why))
-
-
-def stop_after(iteration):
-    """A stop, and what tells it how far the run is."""
-
-    class Count(Watcher):
-        done = 0
-
-        def iterated(self, at, loss):
-            self.done = at
-
-    count = Count()
-    return {"watch": count, "stop": lambda: count.done >= iteration}
 
 
 def test_a_run_leaves_what_it_says(tmp_path):
@@ -110,125 +92,6 @@ def test_it_learns(tmp_path):
     test = Trainer(config).run().test
     assert test.after.mean > 0.7
     assert abs(test.before.mean - 1 / 3) < 0.1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "maml-kfo", "hidden_kfo_layers": 1, "backbone": "mlp-4"},
-        {"method": "anil-kfo"},
-        {"method": "meta-sgd", "first_order": True},
-        {"dataset": "sinusoid", "method": "meta-curvature", "backbone": "mlp-8"},
-        {"method": "anil", "backbone": "strided-2x4"},  # running statistics
-    ],
-    ids=lambda o: f"{o.get('dataset', 'digits')}-{o['method']}",
-)
-@pytest.mark.parametrize("at", [2, 3, 5])
-def test_a_run_that_was_interrupted_ends_the_same(options, at, tmp_path):
-    Trainer(small(tmp_path / "whole", **options)).run()
-    first = Trainer(small(tmp_path / "parts", **options), **stop_after(at)).run()
-    assert first.interrupted
-    assert first.iteration == at
-    assert first.test is None
-    torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002 (others draw meanwhile)
-    second = Trainer.resume(tmp_path / "parts").run()
-    assert not second.interrupted
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-
-
-@pytest.mark.filterwarnings("ignore:fastkfo. tasks run one after the other")
-def test_random_draws_go_on_where_they_were(tmp_path, monkeypatch):
-    """Dropout draws from PyTorch's global state, a layer of one's own from Python's or numpy's."""
-
-    class Noise(torch.nn.Module):
-        def forward(self, x):
-            return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
-
-    def noisy(shape, sizes):
-        return torch.nn.Sequential(
-            *backbones.features("plain-2x4", shape)[0], torch.nn.Dropout(), Noise()
-        )
-
-    monkeypatch.setitem(backbones.BACKBONES, "noisy", (noisy, ""))
-    options = {"backbone": "noisy-2x4", "method": "anil", "validate_every": 0}
-    Trainer(small(tmp_path / "whole", **options)).run()
-    Trainer(small(tmp_path / "parts", **options), **stop_after(3)).run()
-    Trainer.resume(tmp_path / "parts").run()
-    a, b = (load_checkpoint(tmp_path / name) for name in ("parts", "whole"))
-    for key in ("learner", "features", "random"):
-        assert same(a[key], b[key]), key
-
-
-def test_random_states_of_the_caller_stay(tmp_path):
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    Trainer(small(tmp_path / "r", seed=5)).run()
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
-    assert torch.equal(before[0], after[0])
-    assert before[1] == after[1]
-    assert (before[2] == after[2]).all()
-
-
-def test_lines_of_lost_iterations_are_removed(tmp_path):
-    Trainer(small(tmp_path / "whole")).run()
-    Trainer(small(tmp_path / "r"), **stop_after(4)).run()
-    with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "iteration": 5, "loss": 1.0}\n{"kind": "tr')
-    Trainer.resume(tmp_path / "r").run()
-    assert_same_run(tmp_path / "r", tmp_path / "whole")
-
-
-def test_stopped_before_the_first_iteration(tmp_path):
-    Trainer(small(tmp_path / "whole")).run()
-    assert Trainer(small(tmp_path / "r"), stop=lambda: True).run().iteration == 0
-    Trainer.resume(tmp_path / "r").run()
-    assert_same_run(tmp_path / "r", tmp_path / "whole")
-
-
-def test_a_finished_run_is_tested_again(tmp_path):
-    first = Trainer(small(tmp_path / "r")).run()
-    again = Trainer.resume(tmp_path / "r").run()
-    assert again.test.after == first.test.after
-    assert [line["kind"] for line in metrics(tmp_path / "r")].count("test") == 1
-    tests = Trainer.resume(tmp_path / "r", test_tasks=8).run().test.tasks
-    assert tests == 8
-
-
-def test_a_checkpoint_with_parts_that_do_not_fit(tmp_path):
-    Trainer(small(tmp_path / "r", iterations=2)).run()
-    state = load_checkpoint(tmp_path / "r")
-    for key, value in (
-        ("random", {}),
-        ("random", {**state["random"], "torch": torch.zeros(3, dtype=torch.uint8)}),
-        ("optimizer", {}),
-        ("tasks", {"generator": None, "device": "cpu"}),
-        ("validation", None),
-    ):
-        save_checkpoint(tmp_path / "bad.pt", {**state, key: value})
-        before = torch.get_rng_state()
-        with pytest.raises(CheckpointError, match="it does not go with this run"):
-            Trainer.resume(tmp_path / "bad.pt")
-        assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_validation_and_its_number_of_tasks_do_not_change_the_training(tmp_path):
-    runs = []
-    for i, options in enumerate([{}, {"validation_tasks": 7}, {"validate_every": 2}]):
-        Trainer(small(tmp_path / str(i), **options)).run()
-        runs.append(load_checkpoint(tmp_path / str(i)))
-    for other in runs[1:]:
-        for key in ("learner", "optimizer", "tasks", "random"):
-            assert same(runs[0][key], other[key])
-
-
-def test_options_that_would_make_it_another_run(tmp_path):
-    Trainer(small(tmp_path / "r"), **stop_after(2)).run()
-    for name, value in (("method", "anil"), ("fast_lr", 0.2), ("seed", 1), ("ways", 3)):
-        with pytest.raises(CheckpointError, match=f"{name}: the run in .* was begun with"):
-            Trainer.resume(tmp_path / "r", **{name: value})
-    with pytest.raises(ValueError, match="changes: unknown wayz"):
-        Trainer.resume(tmp_path / "r", wayz=3)
-    result = Trainer.resume(tmp_path / "r", iterations=8, backbone="plain-2x4").run()
-    assert result.iteration == 8
 
 
 def test_a_folder_that_holds_a_run(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from fastkfo.training import TrainConfig, load_checkpoint
+from fastkfo.training import TrainConfig, Watcher, load_checkpoint
 
 SMALL = {
     "ways": 2,
@@ -65,3 +65,16 @@ def assert_same_run(one, other):
         for run in (one, other)
     ]
     assert without[0] == without[1]
+
+
+def stop_after(iteration):
+    """A stop, and what tells it how far the run is."""
+
+    class Count(Watcher):
+        done = 0
+
+        def iterated(self, at, loss):
+            self.done = at
+
+    count = Count()
+    return {"watch": count, "stop": lambda: count.done >= iteration}

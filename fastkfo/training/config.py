@@ -66,7 +66,7 @@ class TrainConfig:
         0, "Hidden layers of a non-linear KFO; 0: plain Kronecker factors.", 0
     )
     adapt_transform: bool | None = _option(
-        None, "Whether the transform is adapted as well; default: for the kfo methods, yes."
+        None, "Whether the transform is adapted as well; default: with linear KFO, yes."
     )
     first_order: bool = _option(False, "Whether inner gradients are constants.")
     validate_every: int = _option(100, "Iterations between validations; 0: none.", 0)

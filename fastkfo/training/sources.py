@@ -114,8 +114,9 @@ def settled(config: TrainConfig) -> TrainConfig:
         The config; ``backbone``, ``fast_lr`` and ``adapt_transform`` are neither auto nor None.
     """
     source = source_of(config)
-    kfo = config.method.endswith("-kfo")
-    adapt = kfo if config.adapt_transform is None else config.adapt_transform
+    # A non-linear transform that is adapted diverges easily: docs/training.md.
+    linear_kfo = config.method.endswith("-kfo") and config.hidden_kfo_layers == 0
+    adapt = linear_kfo if config.adapt_transform is None else config.adapt_transform
     return config.changed(
         adapt_transform=adapt,
         backbone=source.backbone if config.backbone == "auto" else config.backbone,

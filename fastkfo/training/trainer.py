@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +18,15 @@ from fastkfo.training.checkpoints import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
-    write_whole,
 )
-from fastkfo.training.config import TrainConfig, check_keys, write_config
+from fastkfo.training.config import TrainConfig, write_config
 from fastkfo.training.evaluation import Evaluation, config_of, measure
 from fastkfo.training.methods import build, check_method
+from fastkfo.training.outcome import Diverged, Result, Watcher
+from fastkfo.training.resumption import continued
 from fastkfo.training.trackers import Tracker, check_installed, trackers
 
-__all__ = ["Diverged", "Result", "Trainer", "Watcher"]
-
-#: What may differ between a checkpoint's config and that of the run that goes on from it.
-MAY_CHANGE = (
-    "iterations", "validate_every", "checkpoint_every", "test_tasks", "patience", "root",
-    "download", "device", "out", "tensorboard", "wandb",
-)  # fmt: skip
-
-
-class Diverged(RuntimeError):
-    """Too many losses or meta-gradients in a row were not finite."""
-
-
-class Watcher:
-    """Is told how a training goes; a subclass shows it."""
-
-    def iterated(self, iteration: int, loss: float) -> None:
-        """After every iteration: how many are done, and the meta-loss."""
-
-    def skipped(self, iteration: int, why: str) -> None:
-        """After an iteration without a step."""
-
-    def validated(self, iteration: int, found: Evaluation, best: bool) -> None:
-        """After a validation; whether it is the best so far."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What comes of a run.
-
-    Attributes:
-        folder: The run folder.
-        iteration: Iterations done.
-        loss: The last meta-loss, or NaN without any.
-        best: The best validation score, or None.
-        best_iteration: Where that was.
-        test: On the test tasks, with the best weights; None if there was no test.
-        skipped: Iterations without a step, because something was not finite.
-        interrupted: Whether it was stopped before the end.
-    """
-
-    folder: Path
-    iteration: int
-    loss: float
-    best: float | None
-    best_iteration: int
-    test: Evaluation | None
-    skipped: int
-    interrupted: bool
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -106,7 +57,7 @@ class Trainer:
     Example:
         >>> result = Trainer(TrainConfig(method="anil-kfo", iterations=200)).run()
         >>> print(result.test)
-        accuracy 71.48 ± 0.66 %
+        accuracy 73.87 ± 0.52 %
     """
 
     _random: dict[str, Any]
@@ -154,25 +105,10 @@ class Trainer:
         """
         path = Path(checkpoint).expanduser()
         state = load_checkpoint(path)
-        config = config_of(state)
-        check_keys(changes, "changes")
-        for name, value in changes.items():
-            had = getattr(config, name, None)
-            # The backbone is known by its name by now, whatever auto stood for.
-            same = value == had or (name == "backbone" and value == "auto")
-            if name not in MAY_CHANGE and not same:
-                raise CheckpointError(
-                    f"{name}: the run in {path} was begun with {had!r}, got {value!r}; "
-                    f"only {', '.join(MAY_CHANGE)} may change"
-                )
         trainer = cls.__new__(cls)
-        folder = path if path.is_dir() else path.parent
-        may = {name: value for name, value in changes.items() if name in MAY_CHANGE}
-        trainer.config = config.changed(**{"out": str(folder), **may})
+        trainer.config = continued(path, config_of(state), changes)
         trainer.folder = trainer.config.folder
         check_installed(trainer.config)
-        if trainer.folder.resolve() != folder.resolve():
-            folders.check_free(trainer.folder)
         trainer._set_up(watch, stop)
         trainer._load(state)
         return trainer
@@ -210,7 +146,7 @@ class Trainer:
             interrupted,
         )
         if not interrupted:
-            self._write_result(result)
+            result.write()
         return result
 
     def state(self) -> dict[str, Any]:
@@ -399,15 +335,3 @@ class Trainer:
     def _track(self, kind: str, values: dict[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.add(kind, self.iteration, values)
-
-    def _write_result(self, result: Result) -> None:
-        values = {
-            "iterations": result.iteration,
-            "loss": result.loss if math.isfinite(result.loss) else None,
-            "best_validation": result.best,
-            "best_iteration": result.best_iteration,
-            "skipped": result.skipped,
-            "test": None if result.test is None else result.test.to_mapping(),
-        }
-        text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-        write_whole(self.folder / "result.json", lambda file: file.write(text.encode()))
