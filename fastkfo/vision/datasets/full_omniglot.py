@@ -81,7 +81,7 @@ def _part(root: Path, part: str, download: bool) -> Path:
     archive = next((path for path in archives if path.is_file()), None)
     if archive is None:
         url = f"{_ADDRESS}/{part}.zip"
-        how = f"Put {url} there, or pass download=True."
+        how = f"Put {url} there, or pass download=True (fastkfo train: --download)."
         if not download:
             raise missing("Omniglot", [folder, *archives], how)
         archive = archives[0]
