@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,27 @@ def test_bad_checkpoints(kind, message, run, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_one_flipped_bit_is_noticed(run, tmp_path):
+    """In what the checksums guard; elsewhere in the file nothing may come of it."""
+    data, whole = (run / "last.pt").read_bytes(), load_checkpoint(run / "last.pt")
+    path, messages = tmp_path / "last.pt", []
+    for bit in torch.randint(8 * len(data), (60,), generator=torch.Generator().manual_seed(0)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << int(bit % 8)
+        path.write_bytes(flipped)
+        try:
+            assert same(load_checkpoint(path), whole)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert all(re.search(r"last.pt is (damaged|cut off|no checkpoint)", text) for text in messages)
+    at = data.index(b"plain-2x4")  # one that PyTorch alone would read
+    path.write_bytes(data[:at] + b"plain-2x5" + data[at + 9 :])
+    for use in (load_checkpoint, evaluate, Trainer.resume):
+        with pytest.raises(CheckpointError, match=r"last.pt is damaged"):
+            use(path)
+
+
 def test_another_architecture_is_named(run, tmp_path):
     state = load_checkpoint(run / "last.pt")
     state["config"] = {**state["config"], "backbone": "plain-2x5"}
@@ -145,22 +167,25 @@ def test_killed_while_a_checkpoint_is_written(run, tmp_path):
     """Half of the new file is on disk, and the process is gone: the old one is there, whole."""
     folder = tmp_path / "r"
     code = f"""
-import io, os, sys, time, torch
-from fastkfo.training import Trainer
+import os, sys, time, torch
+from fastkfo.training import Trainer, checkpoints
 from tests.training_cases import small
-save, calls = torch.save, []
-def slow(state, file):
-    calls.append(state["iteration"])
+write_whole, calls = checkpoints.write_whole, []
+def slow(path, write):
+    calls.append(path)
     if len(calls) < 4:
-        return save(state, file)
-    whole = io.BytesIO()
-    save(state, whole)
-    file.write(whole.getvalue()[: whole.tell() // 2])
-    file.flush()
-    os.fsync(file.fileno())
-    print("writing", state["iteration"], flush=True)
-    time.sleep(600)
-torch.save = slow
+        return write_whole(path, write)
+    write_whole(path, lambda file: write(Half(file)))
+class Half:
+    def __init__(self, file):
+        self.file = file
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        print("writing", len(calls), flush=True)
+        time.sleep(600)
+checkpoints.write_whole = slow
 Trainer(small({str(folder)!r}, validate_every=0, checkpoint_every=1)).run()
 """
     process = subprocess.Popen(

@@ -26,18 +26,15 @@ def measured(config, problem, built, count=5, **options):
 
 
 def by_hand(config, problem, built, count, score):
-    """Scores after and before, task after task; the meta-batches as `measure` draws them."""
+    """Scores after and before, task after task."""
     found = []
-    for start in range(0, count, 2):
-        for x_s, y_s, x_q, y_q in zip(
-            *problem.tasks["test"].sample(min(2, count - start)), strict=True
-        ):
-            learner = built.learner.clone()
-            before = score(learner(x_q), y_q)
-            for _ in range(config.steps):
-                loss = F.mse_loss if problem.regression else F.cross_entropy
-                learner.adapt(loss(learner(x_s), y_s))
-            found.append([score(learner(x_q), y_q).item(), before.item()])
+    for x_s, y_s, x_q, y_q in zip(*problem.tasks["test"].sample(count), strict=True):
+        learner = built.learner.clone()
+        before = score(learner(x_q), y_q)
+        for _ in range(config.steps):
+            loss = F.mse_loss if problem.regression else F.cross_entropy
+            learner.adapt(loss(learner(x_s), y_s))
+        found.append([score(learner(x_q), y_q).item(), before.item()])
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -55,6 +52,17 @@ def test_scores_are_those_of_a_loop(dataset):
     assert found.after.half == pytest.approx(1.96 * expected[:, 0].std().item() / math.sqrt(5))
     assert found.metric == ("accuracy" if dataset == "digits" else "mse")
     assert (found.tasks, found.not_finite, found.cut) == (5, 0, False)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "sinusoid"])
+def test_the_tasks_do_not_depend_on_how_many_are_computed_at_a_time(dataset):
+    found = [
+        measured(*prepared(dataset=dataset, backbone="mlp-8"), 37, chunk=chunk)
+        for chunk in (1, 5, 16, 64)
+    ]
+    for other in found[1:]:
+        assert other.after == pytest.approx(found[0].after, rel=1e-9)
+        assert other.before == pytest.approx(found[0].before, rel=1e-9)
 
 
 def test_nothing_moves_and_modes_come_back():

@@ -17,7 +17,7 @@ from fastkfo.training import (
     load_checkpoint,
 )
 from fastkfo.training.methods import build
-from fastkfo.training.sources import load
+from fastkfo.training.sources import load, settled
 from tests.training_cases import metrics, same, small, stop_after
 
 
@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
     listen = Listen()
     result = Trainer(small(tmp_path / "r"), watch=listen).run()
     files = {p.name for p in (tmp_path / "r").iterdir()}
-    assert files == {"config.toml", "last.pt", "best.pt", "metrics.jsonl", "result.json"}
+    assert files == {".lock", "config.toml", "last.pt", "best.pt", "metrics.jsonl", "result.json"}
     assert (result.iteration, result.skipped, result.interrupted) == (6, 0, False)
     assert [at for at, *_ in listen.validations] == [3, 6]
     best = max(found.after.mean for _, found, _ in listen.validations)
@@ -233,8 +233,23 @@ def test_wandb_gets_the_metrics(tmp_path, monkeypatch):
 def test_the_config_that_ran_is_written(tmp_path):
     from fastkfo.training import from_mapping, read_config
 
-    trainer = Trainer(TrainConfig(**{"out": str(tmp_path / "r"), "iterations": 1, "test_tasks": 0}))
+    options = {"iterations": 1, "meta_batch": 2, "test_tasks": 0}
+    trainer = Trainer(TrainConfig(out=str(tmp_path / "r"), **options))
     trainer.run()
     config = from_mapping(read_config(tmp_path / "r" / "config.toml"))
-    assert config == trainer.config
-    assert config.backbone == "plain-2x16"
+    assert (config.backbone, config.fast_lr, config.adapt_transform) == ("auto", None, None)
+    assert settled(config) == trainer.config
+    assert from_mapping(load_checkpoint(tmp_path / "r")["config"]) == trainer.config
+    assert trainer.config.backbone == "plain-2x16"
+    Trainer.resume(tmp_path / "r", iterations=2).run()  # what was left open stays so
+    again = from_mapping(read_config(tmp_path / "r" / "config.toml"))
+    assert again == config.changed(iterations=2)
+    plain = again.changed(method="maml", out=str(tmp_path / "plain"))
+    assert Trainer(plain).config.adapt_transform is False
+    hidden = again.changed(hidden_kfo_layers=1, out=str(tmp_path / "hidden"))
+    assert Trainer(hidden).config.adapt_transform is False
+    Trainer(hidden).run()
+    (tmp_path / "hidden" / "config.toml").write_text('method = "anil"')  # of another run
+    Trainer.resume(tmp_path / "hidden").run()
+    kept = from_mapping(read_config(tmp_path / "hidden" / "config.toml"))
+    assert kept == settled(hidden)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fastkfo import training
-from fastkfo.cli.errors import ending_with
+from fastkfo.cli.errors import ending_with, ending_without_memory
 from fastkfo.cli.interrupts import Interrupts
 from fastkfo.training.checkpoints import write_whole
 
@@ -50,6 +50,7 @@ def evaluate(
     console = Console(highlight=False)
     with (
         Interrupts() as interrupts,
+        ending_without_memory(),
         ending_with(2, TypeError, ValueError),
         ending_with(1, training.CheckpointError, OSError, ModuleNotFoundError),
     ):

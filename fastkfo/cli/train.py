@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from fastkfo.cli.errors import ending_with
+from fastkfo.cli.errors import ending_with, ending_without_memory
 from fastkfo.cli.interrupts import Interrupts
 from fastkfo.cli.train_display import Display
 from fastkfo.training import (
@@ -67,7 +67,7 @@ def train(**options: Any) -> None:
         def stop() -> bool:
             return interrupts.signal is not None
 
-        with Display(console) as display:
+        with Display(console) as display, ending_without_memory():
             with (
                 ending_with(2, TypeError, ValueError),
                 ending_with(1, CheckpointError, OSError, ModuleNotFoundError),

@@ -90,13 +90,14 @@ def features(name: str, shape: Sequence[int]) -> tuple[nn.Module, int]:
             f"backbone: expected BLOCKSxCHANNELS and images [C, H, W] for {kind}, got {name!r} and "
             f"inputs {list(shape)}"
         )
-    made = BACKBONES[kind][0](shape, sizes)
     try:
+        made = BACKBONES[kind][0](shape, sizes)
         with torch.no_grad():
             size = made.eval()(torch.zeros(2, *shape, dtype=torch.get_default_dtype())).shape[1]
-    except (RuntimeError, ValueError) as error:
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0]  # PyTorch's go on with frames of C++
         raise ValueError(
-            f"backbone: expected one for inputs {list(shape)}, got {name!r}: {error}"
+            f"backbone: expected one for inputs {list(shape)}, got {name!r}: {first}"
         ) from None
     if size == 0:
         raise ValueError(f"backbone: nothing of inputs {list(shape)} is left after {name!r}")

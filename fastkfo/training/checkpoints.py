@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import tempfile
@@ -29,6 +30,7 @@ _KEYS = {
     "random",
     "validation",
     "skipped",
+    "loss",
 }
 
 
@@ -46,7 +48,9 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         path: The file.
         state: What `load_checkpoint` will return, without format and version.
     """
-    write_whole(Path(path), lambda file: torch.save(_stamped(state), file))
+    data = io.BytesIO()  # torch.save's own errors on a full disk do not say that it is one
+    torch.save(_stamped(state), data)
+    write_whole(Path(path), lambda file: file.write(data.getbuffer()))
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -55,6 +59,9 @@ def write_whole(path: Path, write: Any) -> None:
     Args:
         path: The file.
         write: Called with a binary file.
+
+    Raises:
+        OSError: It cannot be written, whose name is in the error; the old file is as it was.
     """
     # mkstemp's name is new: what a killed process left behind is not written to.
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -65,8 +72,10 @@ def write_whole(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a disk that is full
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -90,11 +99,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Returns:
         Its content: ``format``, ``fastkfo`` (the version), ``config``, ``iteration``, state dicts
         of ``learner``, ``features`` and ``optimizer``, the samplers' states ``tasks``, all other
-        ``random`` states, the ``validation`` so far, ``skipped`` iterations.
+        ``random`` states, the ``validation`` so far, ``skipped`` iterations, the last ``loss``.
 
     Raises:
-        CheckpointError: If there is none, it is cut off or none of fastkfo's, it would run code, or
-            a newer fastkfo wrote it.
+        CheckpointError: If there is none, it is cut off, damaged (a bit is enough) or none of
+            fastkfo's, it would run code, or a newer fastkfo wrote it.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -102,6 +111,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint: expected a file, got {path}, which is not there")
     begins_as_zip = _begins_as_zip(path)
+    if zipfile.is_zipfile(path) and not _sums_are_right(path):  # torch.load does not look at them
+        raise CheckpointError(f"checkpoint: {path} is damaged")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -169,6 +180,15 @@ def _what_is_wrong(path: Path, begins_as_zip: bool, error: Exception) -> str:
             return "holds more than tensors and plain values; it could run code, so it is not read"
         return "is no checkpoint, or could run code: it is not read"
     return "is damaged" if whole else "is no checkpoint"
+
+
+def _sums_are_right(path: Path) -> bool:
+    """Whether every part of a zip has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # a damaged directory can raise almost anything, too
+        return False
 
 
 def _begins_as_zip(path: Path) -> bool:

@@ -21,9 +21,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _option(default: Any, text: str, least: int | None = None) -> Any:
-    """A field with its help, and the least value that it may have."""
-    return field(default=default, metadata={"help": text, "least": least})
+#: Seeds are below it: a split's is up to 3 * seed + 2, and PyTorch's have 64 bits.
+SEEDS = 2**61
+
+
+def _option(default: Any, text: str, least: int | None = None, most: float | None = None) -> Any:
+    """A field with its help, and the least and greatest value that it may have."""
+    if most is None and least is not None:
+        most = 2**31 - 1  # beyond what any count is meant to be
+    return field(default=default, metadata={"help": text, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ class TrainConfig:
     steps: int = _option(5, "Inner steps.", 1)
     meta_batch: int = _option(16, "Tasks per iteration.", 1)
     fast_lr: float | None = _option(None, "Inner learning rate; default: 0.1, for sinusoid 0.01.")
-    meta_lr: float = _option(0.001, "Learning rate of Adam.")
+    meta_lr: float = _option(0.001, "Learning rate of Adam.", most=1e6)
     iterations: int = _option(1000, "Meta-iterations.", 1)
-    seed: int = _option(0, "Of initial weights and tasks.", 0)
+    seed: int = _option(0, "Of initial weights and tasks.", 0, SEEDS - 1)
     device: str = _option("cpu", "cpu, cuda or cuda:N.")
     dtype: str = _option("float32", "float32 or float64.")
     backbone: str = _option("auto", "The network; auto: what suits the data set.")
@@ -86,9 +92,11 @@ class TrainConfig:
         for each in fields(self):
             value = getattr(self, each.name)
             _check_type(each, value)
-            least = each.metadata["least"]
+            least, most = each.metadata["least"], each.metadata["most"]
             if least is not None and value < least:
                 raise ValueError(f"{each.name}: expected at least {least}, got {value}")
+            if most is not None and value > most:
+                raise ValueError(f"{each.name}: expected at most {most}, got {value}")
         for name in ("fast_lr", "meta_lr"):
             value = getattr(self, name)
             if value is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastkfo.training.checkpoints import write_whole
 
 __all__ = ["read", "write"]
 
@@ -41,14 +44,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes ``key = value`` lines.
+    """Writes ``key = value`` lines, all of them or none.
 
     Args:
         path: The file.
         values: Strings, numbers and bools by bare keys.
     """
     lines = [f"{key} = {_spelt(value)}\n" for key, value in values.items()]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
 def _spelt(value: str | float) -> str:
@@ -65,8 +68,17 @@ def _yaml(text: str, path: Path) -> Any:
             f"config: {path} needs PyYAML: pip install 'fastkfo[train]', or write TOML",
             name=error.name,
         ) from None
+
+    class Loader(yaml.SafeLoader):
+        """With the numbers of YAML 1.2: to 1.1 and PyYAML, 1e-2 is a string."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"config: expected YAML in {path}, got {_one_line(error)}") from None
 

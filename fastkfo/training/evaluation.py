@@ -23,6 +23,11 @@ from fastkfo.training.statistics import Interval, interval
 __all__ = ["Evaluation", "evaluate", "measure"]
 
 
+#: Tasks are drawn so many at a time, whatever is computed at a time: how a generator's numbers
+#: become tasks depends on it, and every training is to be scored on the same ones.
+DRAWN = 16
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on tasks before and after adaptation.
@@ -97,7 +102,7 @@ def measure(
         count: How many tasks.
         regression: Whether the score is the mean squared error; else the accuracy.
         steps: Inner steps.
-        chunk: Tasks at a time.
+        chunk: Tasks at a time, at most 16; which tasks there are does not depend on it.
         stop: Asked between chunks; True cuts the rest off.
 
     Returns:
@@ -109,8 +114,9 @@ def measure(
     finite: list[Tensor] = []
     done = 0
     with torch.no_grad(), _evaluating(built):
-        while done < count and not (done and stop()):
-            episodes = tasks.sample(min(chunk, count - done))
+        for episodes in _drawn(tasks, count, chunk):
+            if done and stop():
+                break
             for found, k in ((after, steps), (before, 0)):
                 out = built.evaluate(*episodes, steps=k)
                 found.append(_scores(out.loss, out.predictions, episodes, regression).cpu())
@@ -164,7 +170,9 @@ def evaluate(
     for name, value, least in (("tasks", tasks, 2), ("steps", steps, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    state = load_checkpoint(best_of(Path(checkpoint).expanduser()))
+    path = Path(checkpoint).expanduser()
+    state = load_checkpoint(best_of(path))
+    _check_best(path, state)
     options = {"device": device, "seed": seed, "root": root}
     given = {name: value for name, value in options.items() if value is not None}
     config = config_of(state)
@@ -189,6 +197,25 @@ def best_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     return path / "best.pt" if (path / "best.pt").is_file() else path / "last.pt"
+
+
+def _check_best(path: Path, state: dict[str, Any]) -> None:
+    """Raises where a run folder has no best.pt, though there was a best validation."""
+    if not path.is_dir() or (path / "best.pt").is_file():
+        return
+    if getattr(state["validation"], "get", lambda _: None)("best") is not None:
+        raise CheckpointError(
+            f"checkpoint: expected the best one in {path}, which has no best.pt; "
+            f"name {path / 'last.pt'} to evaluate that"
+        )
+
+
+def _drawn(tasks: TaskDistribution, count: int, chunk: int) -> Iterator[Episodes]:
+    """The next tasks, at most ``chunk`` at a time."""
+    for start in range(0, count, DRAWN):
+        episodes = tasks.sample(min(DRAWN, count - start))
+        for part in zip(*(x.split(chunk) for x in episodes), strict=True):
+            yield Episodes(*part)
 
 
 def config_of(state: dict[str, Any]) -> TrainConfig:

@@ -79,8 +79,8 @@ def own(state: dict[str, Any], device: torch.device) -> Iterator[None]:
         Nothing.
     """
     outer = capture(device)
-    restore(state, device)
     try:
+        restore(state, device)
         yield
     finally:
         restore(outer, device)

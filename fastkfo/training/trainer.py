@@ -20,10 +20,17 @@ from fastkfo.training.checkpoints import (
     save_checkpoint,
 )
 from fastkfo.training.config import TrainConfig, write_config
+from fastkfo.training.contents import check_contents
 from fastkfo.training.evaluation import Evaluation, config_of, measure
 from fastkfo.training.methods import build, check_method
 from fastkfo.training.outcome import Diverged, Result, Watcher
-from fastkfo.training.resumption import continued
+from fastkfo.training.resumption import (
+    as_given,
+    best_is_there,
+    checkpoint_of,
+    continued,
+    load_best,
+)
 from fastkfo.training.trackers import Tracker, check_installed, trackers
 
 __all__ = ["Trainer"]
@@ -61,6 +68,7 @@ class Trainer:
     """
 
     _random: dict[str, Any]
+    _last: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -71,9 +79,9 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_method(config)
-        config = sources.settled(config)
-        check_installed(config)
-        self.config, self.folder = config, config.folder
+        self._given, self._overwrite = config, overwrite
+        self.config, self.folder = sources.settled(config), config.folder
+        folders.check_writable(self.folder)
         if not overwrite:
             folders.check_free(self.folder)
         self._set_up(watch, stop)
@@ -103,14 +111,19 @@ class Trainer:
             CheckpointError: If the checkpoint cannot be used, or an option differs.
             ValueError: If an option is unknown or cannot be used.
         """
-        path = Path(checkpoint).expanduser()
+        path = checkpoint_of(Path(checkpoint).expanduser())
+        last = folders.mark(path.parent / "last.pt")
         state = load_checkpoint(path)
         trainer = cls.__new__(cls)
-        trainer.config = continued(path, config_of(state), changes)
-        trainer.folder = trainer.config.folder
-        check_installed(trainer.config)
+        trainer.config = continued(path, config_of(state), state["iteration"], changes)
+        trainer.folder, trainer._overwrite = trainer.config.folder, False
+        trainer._given = as_given(trainer.config)
+        folders.check_writable(trainer.folder)
         trainer._set_up(watch, stop)
         trainer._load(state)
+        trainer._last = last
+        if trainer._best is not None:
+            best_is_there(trainer.config, trainer._best_iteration, trainer.iteration)
         return trainer
 
     def run(self) -> Result:
@@ -120,11 +133,18 @@ class Trainer:
             What came of it.
 
         Raises:
+            CheckpointError: If ``best.pt`` or ``last.pt`` is no longer that of this run.
             Diverged: If ``patience`` iterations in a row were not finite.
-            ValueError: If the folder cannot be written to.
+            ValueError: If the folder cannot be written to, or another run is or was there.
         """
-        folders.make_ready(self.folder, resumed=self._saved >= 0)
-        write_config(self.folder / "config.toml", self.config)
+        resumed = self._saved >= 0
+        with folders.held(self.folder, resumed=resumed, overwrite=self._overwrite):
+            if resumed:
+                self._check_folder()
+            write_config(self.folder / "config.toml", self._given)
+            return self._run()
+
+    def _run(self) -> Result:
         self._cut = False
         with random_states.own(self._random, self._device), self._tracked():
             try:
@@ -166,10 +186,12 @@ class Trainer:
                 "last_iteration": self._validated,
             },
             "skipped": {"all": self._skipped, "in_a_row": self._in_a_row},
+            "loss": self._loss,
         }
 
     def _set_up(self, watch: Watcher | None, stop: Callable[[], bool]) -> None:
         self._watch, self._stop = watch or Watcher(), stop
+        check_installed(self.config)
         self.problem = sources.load(self.config)
         self._device = torch.device(self.config.device)
         self.built = build(
@@ -191,6 +213,7 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         load_weights(self.built.learner, state["learner"], "learner")
         load_weights(self.built.features, state["features"], "feature extractor")
+        check_contents(state, self.optimizer)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.problem.tasks["train"].load_state_dict(state["tasks"])
@@ -200,9 +223,23 @@ class Trainer:
             self._best_iteration = state["validation"]["best_iteration"]
             self._validated = state["validation"]["last_iteration"]
             self._skipped, self._in_a_row = (state["skipped"][k] for k in ("all", "in_a_row"))
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
             raise CheckpointError(f"checkpoint: it does not go with this run: {error}") from None
         self.iteration = self._saved = state["iteration"]
+        self._loss = state["loss"]
+
+    def _check_folder(self) -> None:
+        """Raises unless a run that goes on finds what it left; writes a best.pt that is missing."""
+        if folders.mark(self.folder / "last.pt") != self._last:
+            raise CheckpointError(
+                f"checkpoint: another training wrote {self.folder / 'last.pt'} meanwhile; resume it"
+            )
+        if self._best is None:
+            return
+        if not best_is_there(self.config, self._best_iteration, self.iteration):
+            with random_states.own(self._random, self._device):
+                save_checkpoint(self.folder / "best.pt", self.state())
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
@@ -286,9 +323,10 @@ class Trainer:
         self._validated = self.iteration
         if best:
             self._best, self._best_iteration = found.after.mean, self.iteration
-            save_checkpoint(self.folder / "best.pt", self.state())
         self._track("validation", {**found.to_mapping(), "best": best})
         self._save()
+        if best:  # after last.pt: a run that is killed in between can write it from that one
+            save_checkpoint(self.folder / "best.pt", self.state())
         self._watch.validated(self.iteration, found, best)
 
     def _test(self) -> Evaluation | None:
@@ -298,10 +336,9 @@ class Trainer:
         now = self.state()
         # Copies: a state dict's tensors are the parameters' own.
         last = {key: copy.deepcopy(now[key]) for key in ("learner", "features")}
-        best = self.folder / "best.pt"
         try:
-            if best.is_file() and self._best is not None:
-                self._put(load_checkpoint(best))
+            if self._best is not None:
+                self._put(load_best(self.config, self._best_iteration))
             found = self._measured("test", self.config.test_tasks)
         finally:
             self._put(last)
@@ -330,7 +367,7 @@ class Trainer:
         for tracker in self._trackers:
             tracker.flush()  # first: of what a checkpoint is past, nothing is computed again
         save_checkpoint(self.folder / "last.pt", self.state())
-        self._saved = self.iteration
+        self._saved, self._last = self.iteration, folders.mark(self.folder / "last.pt")
 
     def _track(self, kind: str, values: dict[str, Any]) -> None:
         for tracker in self._trackers:
