@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import signal
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +136,12 @@ def test_a_signal_in_the_test_phase(tmp_path, monkeypatch):
         (["--resume", "/nonexistent"], 1, "which is not there"),
         (["--resume"], 1, "which is not there"),
         (["--resume", "--overwrite"], 2, "expected no --resume beside it"),
+        (["--seed", str(2**63 - 1)], 2, "seed: expected at most"),
+        (["--seed", str(2**80)], 2, "seed: expected at most"),
+        (["--meta-lr", "1e300"], 2, "meta_lr: expected at most"),
+        (["--backbone", "mlp-9999999999"], 2, "backbone: expected one for inputs [1, 8, 8]"),
+        (["--backbone", f"mlp-{10**22}"], 2, "backbone: expected one for inputs [1, 8, 8]"),
+        (["--out", "/proc/none/r"], 2, "out: expected a folder that can be written to"),
         (["--queries", "1000"], 2, "shots + queries: expected at most"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -143,7 +152,66 @@ def test_errors(options, code, message, tmp_path, monkeypatch):
     assert result.exit_code == code, result.output
     assert message in flat(result.output)
     assert "Traceback" not in result.output
+    assert len(result.output.splitlines()) < 12  # no frames of C++
+    assert isinstance(result.exception, SystemExit)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shots": 2**31 - 1, "queries": 2**31 - 1, "meta_batch": 2**31 - 1},
+        {"shots": 2**31 - 1, "queries": 1, "meta_batch": 2**31 - 1},
+        {"meta_batch": 2**31 - 1, "queries": 10**5},
+    ],
+    ids=["both", "shots", "batch"],
+)
+def test_tensors_beyond_the_memory(options, tmp_path):
+    options = {"dataset": "sinusoid", "backbone": "mlp-4"} | options
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + 2**32):
+        result = invoke(*words(tmp_path / "r", **options))
+    assert result.exit_code == 1, result.output
+    assert "fastkfo: not enough memory: " in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert len(result.output.splitlines()) < 4
+
+
+def test_a_disk_that_is_full(tmp_path):
+    with limited(resource.RLIMIT_FSIZE, 4000):
+        result = invoke(*words(tmp_path / "r"))
+    assert result.exit_code == 1, result.output
+    assert "last.pt" in flat(result.output).split("fastkfo: ")[1]
+    assert isinstance(result.exception, SystemExit)
+    assert not list((tmp_path / "r").glob("*.pt"))
+    assert not list((tmp_path / "r").glob(".*.partial"))
+
+
+@contextmanager
+def limited(what, size):
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+def test_other_runtime_errors_are_not_hidden(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Trainer, "_step", fail)
+    result = invoke(*words(tmp_path / "r"))
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_evaluate_names_what_is_wrong(tmp_path):
+    arguments = words(tmp_path / "r", iterations=1, validate_every=0, test_tasks=0)
+    assert invoke(*arguments).exit_code == 0
+    result = invoke("evaluate", tmp_path / "r", "--seed", 2**61)
+    assert result.exit_code == 2
+    assert "seed: expected at most" in flat(result.output)
 
 
 def test_errors_of_files(tmp_path):

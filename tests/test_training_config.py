@@ -1,10 +1,23 @@
 """Configs: types and ranges, files, presets; the command's options are the config's fields."""
 
+import os
+import re
 from dataclasses import fields
 
 import pytest
+import torch
 
-from fastkfo.training import PRESETS, TrainConfig, from_mapping, preset, read_config, write_config
+from fastkfo.training import (
+    PRESETS,
+    TrainConfig,
+    from_mapping,
+    preset,
+    random_states,
+    read_config,
+    write_config,
+)
+from fastkfo.training.config import SEEDS
+from fastkfo.training.sources import load
 
 
 @pytest.mark.parametrize(
@@ -21,14 +34,25 @@ from fastkfo.training import PRESETS, TrainConfig, from_mapping, preset, read_co
         ({"meta_batch": 0}, ValueError, "meta_batch: expected at least 1, got 0"),
         ({"fast_lr": 0.0}, ValueError, "fast_lr: expected a positive finite number, got 0.0"),
         ({"meta_lr": float("nan")}, ValueError, "meta_lr: expected a positive finite number"),
+        ({"meta_lr": 1e300}, ValueError, "meta_lr: expected at most 1000000.0, got 1e+300"),
+        ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
+        ({"seed": SEEDS}, ValueError, f"seed: expected at most {SEEDS - 1}, got {SEEDS}"),
+        ({"steps": 10**30}, ValueError, "steps: expected at most 2147483647"),
         ({"dtype": "int8"}, ValueError, "dtype: expected float32 or float64, got 'int8'"),
         ({"test_tasks": 1}, ValueError, "test_tasks: expected 0 or at least 2"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_wrong_values(options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=re.escape(message)):
         TrainConfig(**options)
+
+
+def test_the_greatest_seed():
+    """All that is seeded with what is made of it takes it."""
+    problem = load(TrainConfig(seed=SEEDS - 1, dataset="sinusoid"))
+    assert problem.tasks["test"].sample(1).x_s.shape == (1, 5, 1)
+    random_states.seeded(SEEDS - 1, torch.device("cpu"))
 
 
 def test_an_int_is_a_rate():
@@ -57,6 +81,27 @@ def test_yaml_and_toml(tmp_path):
     assert read_config(tmp_path / "a.yaml") == read_config(tmp_path / "a.toml") == expected
     (tmp_path / "empty.yml").write_text("")
     assert read_config(tmp_path / "empty.yml") == {}
+
+
+@pytest.mark.parametrize("text", ["1e-2", "1E-2", "1.0e-2", "+.1e-1", "10.e-3", "0.01"])
+def test_numbers_of_yaml(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"fast_lr: {text}\nways: 3\nout: 1e-2x\nroot: e5\n")
+    expected = {"fast_lr": 0.01, "ways": 3, "out": "1e-2x", "root": "e5"}
+    assert read_config(tmp_path / "a.yaml") == expected
+
+
+def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "c.toml"
+    write_config(path, TrainConfig(seed=1))
+
+    def fail(source, target):
+        raise OSError("not now")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="not now"):
+        write_config(path, TrainConfig(seed=2))
+    assert from_mapping(read_config(path)).seed == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

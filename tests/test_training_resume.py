@@ -119,6 +119,58 @@ def test_a_checkpoint_with_parts_that_do_not_fit(tmp_path):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def adam(state, **changes):
+    """The optimizer's state with one parameter's replaced in part."""
+    optimizer = state["optimizer"]
+    each = {**optimizer["state"], 1: {**optimizer["state"][1], **changes}}
+    return {**optimizer, "state": each}
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def group(state, **changes):
+    groups = [{**state["optimizer"]["param_groups"][0], **changes}]
+    return {**state["optimizer"], "param_groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("iteration", lambda s: "x", "iteration: expected an int of at least 0, got 'x'"),
+        ("iteration", lambda s: -5, "iteration: expected an int of at least 0, got -5"),
+        ("iteration", lambda s: True, "iteration: expected an int"),
+        ("iteration", lambda s: 1, "last_iteration: expected at most 1, got 2"),
+        ("loss", lambda s: "x", "loss: expected a float, got 'x'"),
+        ("validation", lambda s: s["validation"] | {"best": "x"}, "validation.best: expected a"),
+        ("validation", lambda s: s["validation"] | {"best_iteration": 9}, "best_iteration"),
+        ("validation", lambda s: without(s["validation"], "best"), "validation: expected best"),
+        ("skipped", lambda s: s["skipped"] | {"all": 7}, "skipped.all: expected at most 2, got 7"),
+        ("skipped", lambda s: s["skipped"] | {"in_a_row": 1}, "in_a_row: expected at most 0"),
+        ("skipped", lambda s: 3, "skipped: expected all, in_a_row by name, got 3"),
+        ("optimizer", lambda s: s["optimizer"] | {"state": {}}, "optimizer.state: expected"),
+        ("optimizer", lambda s: adam(s, exp_avg=torch.zeros(3)), r"state\[1\].exp_avg: expected"),
+        ("optimizer", lambda s: adam(s, exp_avg_sq=None), r"state\[1\].exp_avg_sq: expected"),
+        ("optimizer", lambda s: adam(s, step=torch.tensor(9.0)), r"state\[1\].step: expected 2"),
+        ("optimizer", lambda s: group(s, lr=9.0), "optimizer lr: expected 0.001, got 9.0"),
+        ("optimizer", lambda s: group(s, params=[0]), "optimizer params: expected"),
+    ],
+)  # fmt: skip
+def test_contents_that_no_training_leaves(key, change, message, two, tmp_path):
+    save_checkpoint(tmp_path / "bad.pt", two | {key: change(two)})
+    with pytest.raises(CheckpointError, match=message):
+        Trainer.resume(tmp_path / "bad.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The checkpoint after two iterations."""
+    folder = tmp_path_factory.mktemp("two") / "r"
+    Trainer(small(folder, iterations=2, test_tasks=0)).run()
+    return load_checkpoint(folder)
+
+
 def test_validation_and_its_number_of_tasks_do_not_change_the_training(tmp_path):
     runs = []
     for i, options in enumerate([{}, {"validation_tasks": 7}, {"validate_every": 2}]):
