@@ -232,7 +232,7 @@ def test_names_signatures_and_errors(tmp_path):
         ):
             benchmarks.get_tasksets("cifarfs", root=root, **{f"{part}_samples": 13})
     images.omniglot(tmp_path)
-    with pytest.raises(ValueError, match="test_samples: expected at most 4, .* validation split"):
+    with pytest.raises(ValueError, match=r"test_samples: expected at most 4, .* validation split"):
         benchmarks.get_tasksets("omniglot", root=root, train_samples=4, test_samples=5)
     assert len(benchmarks.get_tasksets("cifarfs", root=root, num_tasks=7).test) == 7
 
