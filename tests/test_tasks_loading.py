@@ -128,6 +128,11 @@ def test_tasks_from_a_folder(folder):
     assert values == [0, 1, 200, 201]
 
 
+def test_messages_name_the_folder(folder):
+    with pytest.raises(ValueError, match="the images of class 'a', got"):
+        FewShotTasks.from_folder(folder, 2, 1, 2)
+
+
 def test_bad_folders(folder):
     with pytest.raises(ValueError, match=r"path: expected a folder, got .*nowhere"):
         read_folder(folder / "nowhere")
@@ -164,10 +169,8 @@ def test_images_far_too_large(folder):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits(folder, dtype):
     """They would all be white."""
-    name = "deep.tiff" if dtype == np.float32 else "deep.png"
-    Image.fromarray(np.full((3, 4), 1000, dtype)).save(folder / "a" / name)
-    if name == "deep.tiff":
-        (folder / "a" / name).rename(folder / "a" / "deep.png")
+    kind = "PNG" if dtype == np.uint16 else "TIFF"
+    Image.fromarray(np.full((3, 4), 1000, dtype)).save(folder / "a" / "deep.png", kind)
     with pytest.raises(ValueError, match=r"deep.png: expected an image of 8 bits per channel, got"):
         read_folder(folder)
     with pytest.raises(ValueError, match=r"deep.png: expected an image of 8 bits per channel, got"):
