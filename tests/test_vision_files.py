@@ -165,7 +165,7 @@ def test_broken_compression(tmp_path, method):
     with zipfile.ZipFile(archive, "w", method) as file:
         file.writestr("data/x.txt", b"content " * 100)
     content = bytearray(archive.read_bytes())
-    content[43:60] = b"\xff" * 17  # past the header of the member
+    content[44:60] = b"\xff" * 16  # past the header of the member
     archive.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.zip: expected a whole zip file"):
         files.unzip(archive, tmp_path / "in" / "data")
