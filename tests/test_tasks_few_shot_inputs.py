@@ -44,6 +44,11 @@ BAD = [
     ({"mix_rotations": 1}, TypeError, "mix_rotations: expected a bool, got int"),
     ({"augment": 3}, TypeError, "augment: expected a callable, got int"),
     ({"seed": 0.5}, TypeError, "seed: expected an int, got float"),
+    ({"seed": -1}, ValueError, r"seed: expected 0 to 2\*\*63 - 1, got -1"),
+    ({"seed": 2**63}, ValueError, "seed: expected 0 to .* got 9223372036854775808"),
+    ({"device": "foo"}, ValueError, "device: expected a device that PyTorch sees, got 'foo'"),
+    ({"device": "cuda:99"}, ValueError, "device: expected a device .* got 'cuda:99'"),
+    ({"device": 1.5}, TypeError, "device: expected a device, got float"),
     ({"dtype": torch.uint8}, TypeError, "dtype: expected a floating torch.dtype"),
 ]
 

@@ -1,6 +1,8 @@
 """Labelled images from data sets and folders."""
 
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 from fastkfo.tasks import FewShotTasks, read_dataset, read_folder
+from fastkfo.vision.images import read_image
 
 pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
 
@@ -125,6 +128,11 @@ def test_tasks_from_a_folder(folder):
     assert values == [0, 1, 200, 201]
 
 
+def test_messages_name_the_folder(folder):
+    with pytest.raises(ValueError, match="the images of class 'a', got"):
+        FewShotTasks.from_folder(folder, 2, 1, 2)
+
+
 def test_bad_folders(folder):
     with pytest.raises(ValueError, match=r"path: expected a folder, got .*nowhere"):
         read_folder(folder / "nowhere")
@@ -141,8 +149,32 @@ def test_bad_folders(folder):
     with pytest.raises(ValueError, match="size: expected a height and a width"):
         read_folder(folder, size=(1, 2, 3))
     (folder / "a" / "broken.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"path: expected an image, got .*broken.png"):
+    with pytest.raises(ValueError, match=r"broken.png: expected a whole image"):
         read_folder(folder)
+
+
+def header(edge):
+    """The beginning of a grey PNG file, so many pixels high and wide."""
+    content = b"IHDR" + struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(content))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + content + checksum + bytes(4) + b"IDAT"
+
+
+def test_images_far_too_large(folder):
+    (folder / "a" / "bomb.png").write_bytes(header(60_000))
+    with pytest.raises(ValueError, match=r"bomb.png: expected a whole image, got .*Bomb"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits(folder, dtype):
+    """They would all be white."""
+    kind = "PNG" if dtype == np.uint16 else "TIFF"
+    Image.fromarray(np.full((3, 4), 1000, dtype)).save(folder / "a" / "deep.png", kind)
+    with pytest.raises(ValueError, match=r"deep.png: expected an image of 8 bits per channel, got"):
+        read_folder(folder)
+    with pytest.raises(ValueError, match=r"deep.png: expected an image of 8 bits per channel, got"):
+        read_image(folder / "a" / "deep.png", "RGB")
 
 
 def test_without_pillow(folder, monkeypatch):

@@ -77,6 +77,8 @@ def test_every_class_is_as_likely():
         ([], (1,), 0, ValueError, "sizes: expected at most 0"),
         ([1, "a"], (1,), 0, TypeError, "labels: expected integers or names"),
         (range(5), (3,), 1.0, TypeError, "seed: expected an int, got float"),
+        (range(5), (3,), -1, ValueError, r"seed: expected 0 to 2\*\*63 - 1, got -1"),
+        (range(5), (3,), 2**63, ValueError, "seed: expected 0 to .* got 9223372036854775808"),
     ],
 )
 def test_bad_input(labels, sizes, seed, error, message):

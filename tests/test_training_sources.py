@@ -16,10 +16,11 @@ Image = pytest.importorskip("PIL.Image")
 def images(folder, classes, count, size=(8, 8), mode="RGB"):
     """Folders of images, each of one colour, which says class and number."""
     for c in range(classes):
-        (folder / f"c{c}").mkdir(parents=True)
+        of_class = folder / f"{folder.name}{c}"
+        of_class.mkdir(parents=True)
         for i in range(count):
             colour = (40 * c, 10 * i, 7) if mode == "RGB" else 10 * c
-            Image.new(mode, size, colour).save(folder / f"c{c}" / f"{i}.png")
+            Image.new(mode, size, colour).save(of_class / f"{i}.png")
 
 
 @pytest.fixture
@@ -48,15 +49,23 @@ def test_a_folder(folder, tmp_path):
 def test_a_folder_that_will_not_do(folder):
     for options, message in (
         ({"ways": 4}, r"ways: .*\(in the train split of"),
-        ({"queries": 4}, "shots"),
+        ({"queries": 4}, r"shots \+ queries: .* the images of class 'train0', .* the train split"),
     ):
         with pytest.raises(ValueError, match=message):
             load(small("x", dataset=str(folder), **options))
-    (folder / "test" / "c1" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"c1/0.png"):
+    (folder / "test" / "test1" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"test1/0.png"):
         load(small("x", dataset=str(folder)))
     (folder / "validation").rename(folder / "other")
     with pytest.raises(ValueError, match=r"train, validation, test.*; validation not found"):
+        load(small("x", dataset=str(folder)))
+
+
+def test_a_class_in_two_splits(folder):
+    (folder / "test" / "test1").rename(folder / "test" / "train0")
+    with pytest.raises(
+        ValueError, match="every class in one split, got 'train0' in train and test"
+    ):
         load(small("x", dataset=str(folder)))
 
 
@@ -95,6 +104,25 @@ def test_omniglot(tmp_path, monkeypatch):
     assert not set(tasks["train"].classes) & set(tasks["test"].classes)
     assert tasks["train"].rotations == 4
     assert tasks["train"].sample(8).x_s.min() >= (255 - 50) / 255 - 1e-6  # inverted
+
+
+def test_omniglot_in_folders_of_splits(tmp_path):
+    for split in SPLITS:
+        images(tmp_path / "omniglot" / split, 3, 3, (105, 105), "L")
+    tasks = load(small("x", dataset="omniglot", root=str(tmp_path))).tasks
+    for split in SPLITS:
+        assert tasks[split].rotations == 4
+        assert len(tasks[split].classes) == 3
+    assert tasks["test"].sample(8).x_s.min() >= (255 - 20) / 255 - 1e-6  # inverted
+    with pytest.raises(ValueError, match=r"images of class 'train0', .*in the train split"):
+        load(small("x", dataset="omniglot", root=str(tmp_path), queries=4))
+
+
+def test_omniglot_of_fewer_classes_is_split_in_proportion(tmp_path):
+    for part in ("images_background", "images_evaluation"):
+        images(tmp_path / "omniglot-py" / part / "alphabet", 16, 3, (28, 28), "L")
+    tasks = load(small("x", dataset="omniglot", root=str(tmp_path))).tasks
+    assert [len(tasks[split].classes) for split in SPLITS] == [22, 2, 8]
 
 
 def test_cifar_fs(tmp_path):

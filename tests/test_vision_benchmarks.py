@@ -226,9 +226,14 @@ def test_names_signatures_and_errors(tmp_path):
     assert benchmarks.get_tasksets("cifarfs", root=root, data_augmentation=None)
     with pytest.raises(ValueError, match="n: expected at most 6, the labels there are, got 7"):
         benchmarks.get_tasksets("cifarfs", root=root, train_ways=7)
-    tasks = benchmarks.get_tasksets("cifarfs", root=root, train_samples=13)
-    with pytest.raises(ValueError, match="k: expected at most 12, the samples of label"):
-        tasks.train.sample()
+    for part in ("train", "test"):
+        with pytest.raises(
+            ValueError, match=f"{part}_samples: expected at most 12, the samples of class"
+        ):
+            benchmarks.get_tasksets("cifarfs", root=root, **{f"{part}_samples": 13})
+    images.omniglot(tmp_path)
+    with pytest.raises(ValueError, match=r"test_samples: expected at most 4, .* validation split"):
+        benchmarks.get_tasksets("omniglot", root=root, train_samples=4, test_samples=5)
     assert len(benchmarks.get_tasksets("cifarfs", root=root, num_tasks=7).test) == 7
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import fastkfo
 from fastkfo import data
 from fastkfo.data.unpickling import UnsafePickleError
 from fastkfo.vision import datasets
+from fastkfo.vision.datasets import full_omniglot
 from fastkfo.vision.images import pixels, read_image, resized, to_tensor
 from tests import images
 from tests.data_oracle import learn2learn_vision
@@ -231,3 +233,58 @@ def test_broken_images(tmp_path):
         TypeError, match="image: expected a Pillow image of 8 bits per channel, got str"
     ):
         to_tensor("image")
+
+
+@pytest.mark.parametrize("part", ["images_background", "images_evaluation"])
+def test_half_of_omniglot(tmp_path, part):
+    folder = Path(images.omniglot(tmp_path)) / "omniglot-py" / part
+    for alphabet in folder.iterdir():
+        shutil.rmtree(alphabet)
+    with pytest.raises(FileNotFoundError, match=f"{part}: expected <alphabet>/<character>, got"):
+        datasets.FullOmniglot(str(tmp_path))
+
+
+FOLDERS = (
+    ("cifar-fs", datasets.CIFARFS),
+    ("cifarfs/processed", datasets.CIFARFS),
+    ("mini-imagenet", datasets.MiniImagenet),
+    ("omniglot", lambda root, mode: full_omniglot.given_split(root)[mode]),
+)
+
+
+@pytest.mark.parametrize(("place", "dataset"), FOLDERS, ids=[place for place, _ in FOLDERS])
+def test_a_class_in_two_splits(tmp_path, place, dataset):
+    for mode, short in zip(MODES, ("train", "val", "test"), strict=True):
+        images.write_image(tmp_path / place / short / mode / "0.png")
+        (tmp_path / place / short / ".cache").mkdir()  # no class
+    assert [len(dataset(str(tmp_path), mode)) for mode in MODES] == [1, 1, 1]
+    images.write_image(tmp_path / place / "test" / "validation" / "1.png")
+    for mode in MODES:
+        with pytest.raises(ValueError, match="one split, got 'validation' in validation and test"):
+            dataset(str(tmp_path), mode)
+
+
+def test_a_class_in_two_lists(tmp_path):
+    root = cifar100(tmp_path)
+    datasets.CIFARFS(str(root))
+    lists = root / "cifarfs" / "cifar100" / "splits" / "bertinetto"
+    (lists / "test.txt").write_text("c0\nc2\n")
+    with pytest.raises(ValueError, match="one split, got 'c2' in train and test"):
+        datasets.CIFARFS(str(root), "validation")
+
+
+def test_layouts_are_not_mixed(tmp_path):
+    """What one layout lacks is not taken from another."""
+    images.cifarfs(tmp_path, classes=(2, 1, 1), images=1)
+    shutil.rmtree(tmp_path / "cifarfs" / "processed" / "val")
+    images.mini_imagenet(tmp_path, classes=(2, 1, 1), images=1)
+    (tmp_path / "mini-imagenet-cache-validation.pkl").unlink()
+    for name in ("cifar-fs", "mini-imagenet"):
+        images.write_image(tmp_path / name / "validation" / "class00" / "0.png")
+    for dataset in (datasets.CIFARFS, datasets.MiniImagenet):
+        assert len(dataset(str(tmp_path), "train")) == 2
+        with pytest.raises(FileNotFoundError, match=r"expected validation beside .*train.* mixed"):
+            dataset(str(tmp_path), "validation")
+    images.write_image(tmp_path / "omniglot" / "train" / "a" / "0.png", 1)
+    with pytest.raises(FileNotFoundError, match="omniglot: expected validation beside"):
+        full_omniglot.given_split(tmp_path)

@@ -157,3 +157,16 @@ def test_broken_archives(tmp_path):
         with pytest.raises(ValueError, match=r"a.zip: expected a whole zip file"):
             files.unzip(tmp_path / "a.zip", tmp_path / "again" / "data")
         assert os.listdir(tmp_path / "again") == []
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_broken_compression(tmp_path, method):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", method) as file:
+        file.writestr("data/x.txt", b"content " * 100)
+    content = bytearray(archive.read_bytes())
+    content[44:60] = b"\xff" * 16  # past the header of the member
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.zip: expected a whole zip file"):
+        files.unzip(archive, tmp_path / "in" / "data")
+    assert os.listdir(tmp_path / "in") == []

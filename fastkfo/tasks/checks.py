@@ -6,6 +6,9 @@ import math
 
 import torch
 
+# What torch.Generator.manual_seed takes; negative seeds would be others in disguise.
+_SEEDS = 2**63
+
 
 def integer(name: str, value: object) -> None:
     """Raises unless a value is an int (and no bool).
@@ -27,6 +30,43 @@ def count(name: str, value: int) -> None:
     integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def seed(name: str, value: int) -> None:
+    """Raises unless a value seeds a generator.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is negative, or 2**63 or more.
+    """
+    integer(name, value)
+    if not 0 <= value < _SEEDS:
+        raise ValueError(f"{name}: expected 0 to 2**63 - 1, got {value}")
+
+
+def device(name: str, value: torch.device | str | None) -> torch.device:
+    """The device, or the CPU.
+
+    Returns:
+        A device that tensors can be put on here.
+
+    Raises:
+        TypeError: It is no device and no name of one.
+        ValueError: There is no such device, or PyTorch does not see it.
+    """
+    if value is None:
+        return torch.device("cpu")
+    try:
+        found = torch.device(value)
+        torch.empty(0, device=found)
+    except TypeError:
+        raise TypeError(f"{name}: expected a device, got {type(value).__name__}") from None
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name}: expected a device that PyTorch sees, got {str(value)!r} ({reason})"
+        ) from None
+    return found
 
 
 def flag(name: str, value: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkfo.tasks.checks import count, integer
+from fastkfo.tasks import checks
 
 __all__ = ["Episodes", "TaskDistribution"]
 
@@ -36,12 +36,13 @@ class TaskDistribution(abc.ABC):
     seed on the same kind of device gives the same tasks; the global generator is left alone.
 
     Args:
-        seed: Seeds the generator.
+        seed: Seeds the generator; from 0.
         device: Of everything returned. Default: the CPU.
         generator: Where the generator lives. Default: on ``device``.
 
     Raises:
-        TypeError: If seed is no integer.
+        TypeError: If seed is no integer, or device no device.
+        ValueError: If seed is negative or 2**63 or more, or PyTorch does not see the device.
 
     Example:
         >>> tasks = SinusoidTasks(shots=10, queries=10, seed=0)
@@ -55,8 +56,8 @@ class TaskDistribution(abc.ABC):
         device: torch.device | str | None = None,
         generator: torch.device | str | None = None,
     ) -> None:
-        integer("seed", seed)
-        self.device = torch.device("cpu" if device is None else device)
+        checks.seed("seed", seed)
+        self.device = checks.device("device", device)
         self._generator = torch.Generator(self.device if generator is None else generator)
         self._generator.manual_seed(seed)
 
@@ -77,7 +78,7 @@ class TaskDistribution(abc.ABC):
             TypeError: If tasks is no integer.
             ValueError: If tasks is not positive.
         """
-        count("tasks", tasks)
+        checks.count("tasks", tasks)
         return self._draw(tasks)
 
     def state_dict(self) -> dict[str, Any]:

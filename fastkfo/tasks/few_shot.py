@@ -41,6 +41,7 @@ class FewShotTasks(TaskDistribution):
         augment: Called on all that was drawn, support and query alike, as floating
             ``[T * (S + Q), ...]``, and this object's generator; returns a tensor of that length.
             `fastkfo.tasks.augmentations` has some.
+        names: Of the classes, for messages: label i is ``names[i]``. Default: labels have none.
         seed: Seeds this object's own generator; the global one is left alone.
         dtype: Of the images returned. Default: the images' own, or for uint8
             ``torch.get_default_dtype()``.
@@ -74,6 +75,7 @@ class FewShotTasks(TaskDistribution):
         rotations: int = 1,
         mix_rotations: bool = False,
         augment: Augmentation | None = None,
+        names: Sequence[str] = (),
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -91,7 +93,7 @@ class FewShotTasks(TaskDistribution):
         self.rotations, self.mix_rotations, self.augment = rotations, mix_rotations, augment
 
         pool = Pool.of(labels, len(images), classes)
-        pool.check(ways, shots, queries, rotations if mix_rotations else 1)
+        pool.check(ways, shots, queries, rotations if mix_rotations else 1, names)
         self.classes = pool.classes
         self._pool = pool.to(self.device)
         stored = images.dtype if images.dtype == torch.uint8 else self.dtype
@@ -152,8 +154,8 @@ class FewShotTasks(TaskDistribution):
         Example:
             >>> FewShotTasks.from_folder("omniglot", 5, 1, 15, size=28, channels=1, rotations=4)
         """
-        images, labels, _ = read_folder(path, size=size, channels=channels, classes=classes)
-        return cls(images, labels, ways, shots, queries, **options)
+        images, labels, names = read_folder(path, size=size, channels=channels, classes=classes)
+        return cls(images, labels, ways, shots, queries, **{"names": names, **options})
 
     def _draw(self, tasks: int) -> Episodes:
         rows, turns = self._draw_classes(tasks)  # [T * ways]

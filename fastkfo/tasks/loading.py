@@ -176,17 +176,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path, size: tuple[int, int] | None, mode: str) -> np.ndarray[Any, Any]:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading images needs Pillow: pip install pillow", name=error.name
-        ) from error
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert(mode)
-    except OSError as error:
-        raise ValueError(f"path: expected an image, got {file}: {error}") from error
+    from fastkfo.vision.images import read_image
+
+    image = read_image(file, mode)
     if size is not None and (image.height, image.width) != size:
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        from PIL.Image import Resampling
+
+        image = image.resize((size[1], size[0]), Resampling.BILINEAR)
     return np.asarray(image)

@@ -62,7 +62,9 @@ class Pool:
         even = bool((counts == largest).all())
         return cls(names, None if grouped else order, starts, counts, largest, even)
 
-    def check(self, ways: int, shots: int, queries: int, copies: int) -> None:
+    def check(
+        self, ways: int, shots: int, queries: int, copies: int, names: Sequence[str] = ()
+    ) -> None:
         """Raises unless there are enough classes, with enough images each.
 
         Args:
@@ -70,6 +72,7 @@ class Pool:
             shots: Support images per class.
             queries: Query images per class.
             copies: How many classes each class counts for.
+            names: Of the classes, if they have any: label i is ``names[i]``.
 
         Raises:
             ValueError: If there are not.
@@ -81,9 +84,11 @@ class Pool:
             )
         fewest, row = self.counts.min(0)
         if shots + queries > fewest:
+            label = self.classes[int(row)]
+            name = repr(names[label]) if 0 <= label < len(names) else label
             raise ValueError(
                 f"shots + queries: expected at most {fewest}, the images of class "
-                f"{self.classes[int(row)]}, got {shots} + {queries} = {shots + queries}"
+                f"{name}, got {shots} + {queries} = {shots + queries}"
             )
 
     def to(self, device: torch.device) -> Pool:

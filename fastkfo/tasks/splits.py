@@ -34,13 +34,13 @@ def split_classes(
         TypeError: If sizes are neither all int nor all float, seed is no integer, or classes
             cannot be sorted.
         ValueError: If a size is not positive, or a set would be empty, or there are fewer classes
-            than the sizes ask for.
+            than the sizes ask for, or seed is negative or 2**63 or more.
 
     Example:
         >>> train, valid, test = split_classes(range(100), (64, 16, 20), seed=0)
         >>> few = FewShotTasks(images, labels, 5, 1, 15, classes=train)
     """
-    checks.integer("seed", seed)
+    checks.seed("seed", seed)
     values: Any = labels.tolist() if hasattr(labels, "tolist") else labels
     try:
         classes = sorted(set(values))

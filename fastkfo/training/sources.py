@@ -184,6 +184,7 @@ def _few_shot(
             config.queries,
             classes=classes,
             rotations=rotations,
+            names=data.names,
             seed=seed_of(config, split),
             dtype=getattr(torch, config.dtype),
             device=config.device,
@@ -193,22 +194,28 @@ def _few_shot(
 
 
 def _folder(config: TrainConfig, split: str) -> TaskDistribution:
+    from fastkfo.vision.datasets.image_folder import split_folders
+
     root = Path(config.dataset).expanduser()
-    missing = [name for name in SPLITS if not (root / name).is_dir()]
+    found = split_folders(root)
+    missing = [name for name in SPLITS if name not in found]
     if missing:
         raise ValueError(
             f"dataset: expected the folders {', '.join(SPLITS)}, with a folder of images per class "
             f"in each, in {root}; {', '.join(missing)} not found"
         )
-    return _few_shot(config, split, read_folder(root / split, size=config.image_size or None))
+    return _few_shot(config, split, read_folder(found[split], size=config.image_size or None))
 
 
 def _omniglot(config: TrainConfig, split: str) -> TaskDistribution:
-    from fastkfo.training.vision_sources import omniglot
+    from fastkfo.training.vision_sources import omniglot, omniglot_split
+    from fastkfo.vision.datasets.full_omniglot import split_sizes
 
+    given = omniglot_split(config, split)
+    if given is not None:
+        return _few_shot(config, split, given, rotations=4)
     data = omniglot(config)
-    # learn2learn's sizes; 423 of the 1623 classes are left for the test.
-    parts = split_classes(data.labels, (1100, 100, 423), seed=0)
+    parts = split_classes(data.labels, split_sizes(len(data.names)), seed=0)
     classes = parts[SPLITS.index(split)]
     return _few_shot(config, split, data, classes=classes, rotations=4)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastkfo.tasks import Labelled, read_dataset
 from fastkfo.training.config import TrainConfig
 
-__all__ = ["cifar_fs", "mini_imagenet", "omniglot"]
+if TYPE_CHECKING:
+    from fastkfo.vision.datasets.image_folder import ImageFolder
+
+__all__ = ["cifar_fs", "mini_imagenet", "omniglot", "omniglot_split"]
 
 
 def omniglot(config: TrainConfig) -> Labelled:
@@ -25,6 +28,22 @@ def omniglot(config: TrainConfig) -> Labelled:
     return _omniglot(config.root, config.download)
 
 
+def omniglot_split(config: TrainConfig, split: str) -> Labelled | None:
+    """One split of Omniglot, where folders say what is in which; as `omniglot`'s images.
+
+    Args:
+        config: Says where they are.
+        split: ``train``, ``validation`` or ``test``.
+
+    Returns:
+        The images and their labels, or None if there are no such folders.
+    """
+    from fastkfo.vision.datasets.full_omniglot import given_split
+
+    given = given_split(config.root, _small_and_bright)
+    return None if given is None else _read(given[split])
+
+
 def cifar_fs(config: TrainConfig, split: str) -> Labelled:
     """One split of CIFAR-FS, ``[N, 3, 32, 32]``.
 
@@ -37,7 +56,7 @@ def cifar_fs(config: TrainConfig, split: str) -> Labelled:
     """
     from fastkfo.vision.datasets import CIFARFS
 
-    return read_dataset(CIFARFS(config.root, mode=split, download=config.download))
+    return _read(CIFARFS(config.root, mode=split, download=config.download))
 
 
 def mini_imagenet(config: TrainConfig, split: str) -> Labelled:
@@ -54,15 +73,20 @@ def mini_imagenet(config: TrainConfig, split: str) -> Labelled:
 
     dataset = MiniImagenet(config.root, mode=split, transform=_as_bytes, download=config.download)
     if dataset.x is not None:
-        return Labelled(dataset.x.contiguous(), torch.as_tensor(dataset.y))
-    return read_dataset(dataset)
+        images, labels = dataset.x.contiguous(), torch.as_tensor(dataset.y)
+        return Labelled(images, labels, tuple(dataset.class_idx))
+    return read_dataset(dataset)._replace(names=tuple(dataset.class_idx))
 
 
 @lru_cache(maxsize=1)  # its splits are by class, so all three need the same images
 def _omniglot(root: str, download: bool) -> Labelled:
     from fastkfo.vision.datasets import FullOmniglot
 
-    return read_dataset(FullOmniglot(root, transform=_small_and_bright, download=download))
+    return _read(FullOmniglot(root, transform=_small_and_bright, download=download))
+
+
+def _read(dataset: ImageFolder) -> Labelled:
+    return read_dataset(dataset)._replace(names=tuple(dataset.classes))
 
 
 def _small_and_bright(image: Any) -> torch.Tensor:

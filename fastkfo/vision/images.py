@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = ["pixels", "read_image", "resized", "to_tensor"]
 
+_DEEP = ("I", "F")  # I, I;16, I;16B, …: 16 or 32 bits per pixel; F: floats
+
 
 def _pillow() -> Any:
     try:
@@ -38,17 +40,25 @@ def read_image(path: str | Path, mode: str) -> Any:
     Raises:
         ModuleNotFoundError: Without Pillow.
         FileNotFoundError: Without the file.
-        ValueError: If it is no image, or is cut short.
+        ValueError: If it is no image, is cut short or far too large, or has one channel of more
+            than 8 bits, which Pillow would cut off at 255.
     """
     image = _pillow()
     try:
         with open(path, "rb") as file:
-            return image.open(file).convert(mode)
+            opened = image.open(file)
+            own = opened.mode
+            read = None if own.startswith(_DEEP) else opened.convert(mode)
     except FileNotFoundError:
         raise
     except Exception as error:  # what a broken image raises may be anything
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected a whole image, got {reason}") from error
+    if read is None:
+        raise ValueError(
+            f"{path}: expected an image of 8 bits per channel, got Pillow's mode {own}"
+        )
+    return read
 
 
 def pixels(image: Any) -> Tensor:

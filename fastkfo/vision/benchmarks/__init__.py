@@ -85,7 +85,8 @@ def get_tasksets(
 
     Raises:
         TypeError: If there is an option that the benchmark does not have.
-        ValueError: If there is no benchmark of that name, or not as many classes as ways.
+        ValueError: If there is no benchmark of that name, not as many classes as ways, or a class
+            with fewer images than samples.
         FileNotFoundError: If data are not there; the message says what to put where.
 
     Example:

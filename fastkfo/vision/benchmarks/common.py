@@ -12,7 +12,7 @@ from fastkfo.data.meta_dataset import MetaDataset
 from fastkfo.data.transforms import ConsecutiveLabels, KShots, LoadData, NWays, RemapLabels
 from fastkfo.data.utils import OnDeviceDataset
 
-__all__ = ["Parts", "Sizes", "of_classes", "on_device", "refuse", "transforms_of"]
+__all__ = ["Parts", "Sizes", "check_samples", "of_classes", "on_device", "refuse", "transforms_of"]
 
 Three = tuple[Any, Any, Any]
 Parts = tuple[Three, Three]
@@ -49,8 +49,26 @@ def on_device(
     return MetaDataset(dataset)
 
 
+def check_samples(dataset: MetaDataset, part: int, sizes: Sizes) -> None:
+    """Raise unless every class of train (0), validation (1) or test (2) has enough samples.
+
+    Raises:
+        ValueError: If one has not.
+    """
+    _, samples = sizes.of(part)
+    counts = {label: len(of) for label, of in dataset.labels_to_indices.items()}
+    label = min(counts, key=counts.__getitem__)
+    if samples > counts[label]:
+        split = ("train", "validation", "test")[part]
+        raise ValueError(
+            f"{'test' if part else 'train'}_samples: expected at most {counts[label]}, the samples "
+            f"of class {label} of the {split} split, got {samples}"
+        )
+
+
 def transforms_of(dataset: MetaDataset, part: int, sizes: Sizes) -> list[Any]:
     """How learn2learn draws tasks; in the validation set, labels are sorted first."""
+    check_samples(dataset, part, sizes)
     ways, samples = sizes.of(part)
     last: list[Any] = [RemapLabels(dataset), ConsecutiveLabels(dataset)]
     order = last[::-1] if part == 1 else last

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from fastkfo.data.meta_dataset import FilteredMetaDataset, MetaDataset
 from fastkfo.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
-from fastkfo.vision.benchmarks.common import Parts, Sizes, on_device, refuse
+from fastkfo.vision.benchmarks.common import Parts, Sizes, check_samples, on_device, refuse
 from fastkfo.vision.datasets import FullOmniglot
-from fastkfo.vision.datasets.image_folder import ImageFolder, folders_in, split_of
+from fastkfo.vision.datasets.full_omniglot import given_split, split_sizes
 from fastkfo.vision.images import resized, to_tensor
 from fastkfo.vision.transforms import RandomClassRotation
 
@@ -29,21 +28,10 @@ def _random_split(dataset: MetaDataset) -> list[MetaDataset]:
     """1100, 100 and 423 of the 1623 classes, or as many of fewer in proportion."""
     classes = list(range(len(dataset.labels)))
     random.shuffle(classes)
-    first, second = (round(len(classes) * end / 1623) for end in (1100, 1200))
+    first, validation, _ = split_sizes(len(classes))
+    second = first + validation
     parts = (classes[:first], classes[first:second], classes[second:])
     return [FilteredMetaDataset(dataset, labels=part) for part in parts]
-
-
-def _given_split(root: str) -> list[ImageFolder] | None:
-    """Folders train, validation and test, if there are such."""
-    top = Path(root).expanduser() / "omniglot"
-    found = []
-    for mode in ("train", "validation", "test"):
-        folder = next((top / name for name in split_of(mode) if (top / name).is_dir()), None)
-        if folder is None:
-            return None
-        found.append(ImageFolder(folders_in(folder), _ink, mode="L"))
-    return found
 
 
 def omniglot_tasksets(
@@ -76,14 +64,17 @@ def omniglot_tasksets(
 
     Raises:
         TypeError: If there is an option that the benchmark does not have.
+        ValueError: If a class has fewer images than a task needs, or is in two of the folders.
     """
     refuse("omniglot_tasksets", kwargs)
-    given = _given_split(root)
+    given = given_split(root, _ink)
     if given is not None:
-        sets = [on_device(part, device) for part in given]
+        sets = [on_device(part, device) for part in given.values()]
     else:
         sets = _random_split(on_device(FullOmniglot(root, _ink, download=True), device))
     sizes = Sizes(train_ways, train_samples, test_ways, test_samples)
+    for i, part in enumerate(sets):
+        check_samples(part, i, sizes)
     steps = [_transforms(part, *sizes.of(i)) for i, part in enumerate(sets)]
     return (sets[0], sets[1], sets[2]), (steps[0], steps[1], steps[2])
 

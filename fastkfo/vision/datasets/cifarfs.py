@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastkfo.vision.datasets.files import missing, unzip
-from fastkfo.vision.datasets.image_folder import ImageFolder, folders_in, split_of
+from fastkfo.vision.datasets.image_folder import (
+    ImageFolder,
+    check_disjoint,
+    folders_in,
+    split_folder,
+    split_folders,
+    split_of,
+)
 
 __all__ = ["CIFARFS"]
 
@@ -21,7 +28,7 @@ _URL = "https://zenodo.org/record/7978538/files/cifar100.zip"
 class CIFARFS(ImageFolder):
     """CIFAR-FS: 64, 16 and 20 classes of CIFAR-100, 600 images of 32 × 32 pixels of each.
 
-    Read is the first of these that is there:
+    Read is the first of these that is there, for all three modes the same:
 
     - `root/cifarfs/processed/{train,val,test}/<class>/*.png`, as learn2learn leaves it;
     - `root/cifarfs/cifar100/data/<class>/*.png`, split by
@@ -42,7 +49,7 @@ class CIFARFS(ImageFolder):
 
     Raises:
         FileNotFoundError: If data are not there; the message says what to put where.
-        ValueError: If `mode` is none of these, or a file is broken.
+        ValueError: If `mode` is none of these, a file is broken, or a class is in two splits.
 
     Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019.
 
@@ -69,29 +76,38 @@ class CIFARFS(ImageFolder):
 
 
 def _classes(root: Path, mode: str) -> list[Path]:
-    short = "val" if mode == "validation" else mode
-    processed, raw = root / "cifarfs" / "processed" / short, root / "cifarfs" / "cifar100"
-    plain = [root / name / part for name in ("cifarfs", "cifar-fs") for part in split_of(mode)]
+    raw = root / "cifarfs" / "cifar100"
+    tops = [root / "cifarfs" / "processed", root / "cifarfs", root / "cifar-fs"]
     archives = [root / "cifarfs.zip", root / "cifar100.zip"]
-    for folder in (processed, *plain):
-        if folder.is_dir() and (found := folders_in(folder)):
-            return found
+    for top in tops:
+        if found := split_folders(top):
+            return folders_in(split_folder(top, found, mode))
     if not raw.is_dir():
         archive = next((path for path in archives if path.is_file()), None)
         if archive is None:
             how = f"Put {_URL} there (without its checksum, it is not downloaded)."
-            raise missing("CIFAR-FS", [processed, raw, *archives, *plain], how)
+            short = "val" if mode == "validation" else mode
+            plain = [top / part for top in tops[1:] for part in split_of(mode)]
+            raise missing("CIFAR-FS", [tops[0] / short, raw, *archives, *plain], how)
         unzip(archive, raw)
-    return _split(raw, short)
+    return _split(raw, mode)
 
 
-def _split(raw: Path, short: str) -> list[Path]:
+def _split(raw: Path, mode: str) -> list[Path]:
     """The folders that a list of the split names."""
-    names = raw / "splits" / "bertinetto" / f"{short}.txt"
+    lists = raw / "splits" / "bertinetto"
+    files = {
+        "train": lists / "train.txt",
+        "validation": lists / "val.txt",
+        "test": lists / "test.txt",
+    }
+    names = files[mode]
     if not names.is_file():
         raise FileNotFoundError(f"{names}: expected the list of the split's classes, got no file")
+    there = {part: file.read_text().split() for part, file in files.items() if file.is_file()}
+    check_disjoint(lists, there)
     found = []
-    for name in sorted(names.read_text().split()):
+    for name in sorted(there[mode]):
         folder = raw / "data" / name
         if Path(name).name != name or not folder.is_dir():
             raise ValueError(f"{names}: expected names of folders in {raw / 'data'}, got {name!r}")

@@ -71,23 +71,35 @@ def unzip(archive: Path, target: Path) -> None:
         ValueError: If the file is no whole zip file, has no such folder, or a name in it leads out
             of the folder it is unpacked to.
     """
-    import zipfile
-    import zlib
-
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with zipfile.ZipFile(archive) as opened:
-            for member in opened.infolist():
-                _check(archive, member.filename, member.external_attr >> 16)
-            opened.extractall(scratch)
+        refused = _extract(archive, scratch)
+        if refused is not None:
+            raise ValueError(f"{archive}: expected names of files inside of it, got {refused!r}")
         if not (scratch / target.name).is_dir():
             raise ValueError(f"{archive}: expected a folder {target.name} in it, got none")
         _move(scratch / target.name, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{archive}: expected a whole zip file, got {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _extract(archive: Path, folder: Path) -> str | None:
+    """Unpack everything; or nothing, if a name leads out of the folder, and return that name."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.infolist():
+                if _leads_out(member.filename, member.external_attr >> 16):
+                    return member.filename
+            opened.extractall(folder)
+    except Exception as error:  # zipfile's, zlib's, lzma's, bz2's: a broken archive raises anything
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            raise
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{archive}: expected a whole zip file, got {reason}") from error
+    return None
 
 
 def _move(source: Path, target: Path) -> None:
@@ -98,8 +110,7 @@ def _move(source: Path, target: Path) -> None:
             raise
 
 
-def _check(archive: Path, name: str, mode: int) -> None:
+def _leads_out(name: str, mode: int) -> bool:
     path = PurePosixPath(name)
     out = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
-    if out or stat.S_ISLNK(mode):
-        raise ValueError(f"{archive}: expected names of files inside of it, got {name!r}")
+    return out or stat.S_ISLNK(mode)

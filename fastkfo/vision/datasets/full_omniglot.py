@@ -12,9 +12,14 @@ from typing import Any
 
 from fastkfo.vision.datasets.files import download as fetch
 from fastkfo.vision.datasets.files import missing, unzip
-from fastkfo.vision.datasets.image_folder import ImageFolder, folders_in
+from fastkfo.vision.datasets.image_folder import (
+    ImageFolder,
+    folders_in,
+    split_folder,
+    split_folders,
+)
 
-__all__ = ["FullOmniglot"]
+__all__ = ["FullOmniglot", "given_split", "split_sizes"]
 
 _ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 _MD5 = {
@@ -44,7 +49,8 @@ class FullOmniglot(ImageFolder):
         root: As given, without `~`.
 
     Raises:
-        FileNotFoundError: If data are not there; the message says what to put where.
+        FileNotFoundError: If data are not there, or one of the parts is empty; the message says
+            what to put where.
         ValueError: If a zip file is broken.
 
     Source: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic
@@ -64,12 +70,52 @@ class FullOmniglot(ImageFolder):
         self.root = str(Path(root).expanduser())
         characters = []
         for part in _MD5:
-            for alphabet in folders_in(_part(Path(self.root), part, download)):
-                characters += folders_in(alphabet)
+            folder = _part(Path(self.root), part, download)
+            found = [c for alphabet in folders_in(folder) for c in folders_in(alphabet)]
+            if not found:
+                raise FileNotFoundError(f"{folder}: expected <alphabet>/<character>, got none")
+            characters += found
         super().__init__(characters, transform, target_transform, mode="L")
         self.classes = [f"{folder.parent.name}/{folder.name}" for folder in characters]
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         self._bookkeeping_path = str(Path(self.root) / "omniglot-bookkeeping.pkl")
+
+
+def given_split(
+    root: str | Path, transform: Callable[[Any], Any] | None = None
+) -> dict[str, ImageFolder] | None:
+    """Return `root/omniglot/{train,validation,test}/<class>/*.png`, if there is such a folder.
+
+    Args:
+        root: The folder; `~` is the user's own.
+        transform: Of a Pillow image.
+
+    Returns:
+        Each split's images, or None if there is none of the three.
+
+    Raises:
+        FileNotFoundError: If there are some of the three, not all.
+        ValueError: If a class is in two of them.
+    """
+    top = Path(root).expanduser() / "omniglot"
+    found = split_folders(top)
+    if not found:
+        return None
+    folders = {mode: split_folder(top, found, mode) for mode in ("train", "validation", "test")}
+    return {m: ImageFolder(folders_in(f), transform, mode="L") for m, f in folders.items()}
+
+
+def split_sizes(classes: int) -> tuple[int, int, int]:
+    """Return how many classes are for train, validation and test: of 1623, 1100, 100 and 423.
+
+    Args:
+        classes: How many there are; of fewer than 1623, in proportion.
+
+    Returns:
+        The sizes.
+    """
+    first, second = (round(classes * end / 1623) for end in (1100, 1200))
+    return first, second - first, classes - second
 
 
 def _part(root: Path, part: str, download: bool) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch.utils.data import Dataset
 
 from fastkfo.vision.images import read_image
 
-__all__ = ["ImageFolder", "folders_in", "split_of"]
+__all__ = [
+    "ImageFolder",
+    "check_disjoint",
+    "folders_in",
+    "split_folder",
+    "split_folders",
+    "split_of",
+]
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _MODES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -35,8 +42,74 @@ def split_of(mode: str) -> tuple[str, ...]:
 
 
 def folders_in(folder: str | Path) -> list[Path]:
-    """Return the folders in a folder, sorted by name."""
-    return sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    """Return the folders in a folder, sorted by name; hidden ones are left out."""
+    found = [path for path in Path(folder).iterdir() if path.is_dir()]
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def split_folders(top: Path) -> dict[str, Path]:
+    """Return the folders of the splits that lie in a folder, those without any class left out.
+
+    Args:
+        top: A folder, or nothing.
+
+    Returns:
+        The folder of each split that is there.
+
+    Raises:
+        ValueError: If a class is in two of them.
+    """
+    places = [(mode, top / name) for mode in _MODES for name in split_of(mode)]
+    found: dict[str, Path] = {}
+    for mode, folder in places:
+        if mode not in found and folder.is_dir() and folders_in(folder):
+            found[mode] = folder
+    check_disjoint(
+        top, {mode: [c.name for c in folders_in(folder)] for mode, folder in found.items()}
+    )
+    return found
+
+
+def split_folder(top: Path, found: Mapping[str, Path], mode: str) -> Path:
+    """Return what was found of a split: one layout is used for all three, or none.
+
+    Args:
+        top: Where it was found.
+        found: A path per split.
+        mode: The split.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: If others were found, but not this one.
+    """
+    if mode not in found:
+        others = ", ".join(str(path) for path in found.values())
+        raise FileNotFoundError(
+            f"{top}: expected {mode} beside {others}, got none; layouts are not mixed"
+        )
+    return found[mode]
+
+
+def check_disjoint(where: Path, classes: Mapping[str, Iterable[str]]) -> None:
+    """Raise if a class is in two splits: tests would be on what was trained on.
+
+    Args:
+        where: The splits are.
+        classes: The names of each split's classes.
+
+    Raises:
+        ValueError: If a name is in two.
+    """
+    owner: dict[str, str] = {}
+    for mode, names in classes.items():
+        for name in names:
+            if owner.setdefault(name, mode) != mode:
+                raise ValueError(
+                    f"{where}: expected every class in one split, got {name!r} in {owner[name]} "
+                    f"and {mode}"
+                )
 
 
 def _images_in(folder: Path) -> list[str]:

@@ -17,12 +17,19 @@ from torch.utils.data import Dataset
 
 from fastkfo.data.unpickling import load_plain
 from fastkfo.vision.datasets.files import missing
-from fastkfo.vision.datasets.image_folder import ImageFolder, folders_in, split_of
+from fastkfo.vision.datasets.image_folder import (
+    ImageFolder,
+    folders_in,
+    split_folder,
+    split_folders,
+    split_of,
+)
 from fastkfo.vision.images import pixels, resized
 
 __all__ = ["MiniImagenet"]
 
 _URL = "https://zenodo.org/record/7978538/files"
+_CACHE = "mini-imagenet-cache-{}.pkl"
 _EDGE = 84
 
 
@@ -32,8 +39,8 @@ class MiniImagenet(Dataset[Any]):
     Images are `[3, 84, 84]`, of torch's default dtype, from 0 to 255. Read is
     `root/mini-imagenet-cache-{train,validation,test}.pkl`, as learn2learn has them: a dictionary
     with `image_data`, `[N, H, W, 3]` in uint8, and `class_dict`, from a name to indices. Else
-    `root/mini-imagenet/{train,validation,test}/<class>/*.jpg`, resized to 84 pixels. Pickles are
-    read so that they can run nothing.
+    `root/mini-imagenet/{train,validation,test}/<class>/*.jpg`, resized to 84 pixels. One of the
+    two serves all three modes. Pickles are read so that they can run nothing.
 
     Args:
         root: The folder; `~` is the user's own.
@@ -51,8 +58,8 @@ class MiniImagenet(Dataset[Any]):
 
     Raises:
         FileNotFoundError: If data are not there; the message says what to put where.
-        ValueError: If `mode` is none of these, or a file is broken, or names something that could
-            run (`fastkfo.data.UnsafePickleError`).
+        ValueError: If `mode` is none of these, a class is in two of the folders, or a file is
+            broken, or names something that could run (`fastkfo.data.UnsafePickleError`).
 
     Source: Vinyals et al., "Matching Networks for One Shot Learning", NeurIPS 2016; the split is
     that of Ravi and Larochelle, "Optimization as a Model for Few-Shot Learning", ICLR 2017.
@@ -74,18 +81,20 @@ class MiniImagenet(Dataset[Any]):
         self.root, self.mode = str(top), mode
         self.transform, self.target_transform = transform, target_transform
         self._bookkeeping_path = str(top / f"mini-imagenet-bookkeeping-{mode}.pkl")
-        files = [top / f"mini-imagenet-cache-{part}.pkl" for part in parts]
-        folders = [top / "mini-imagenet" / part for part in parts]
+        files, folders = _pickles(top), split_folders(top / "mini-imagenet")
         self.x: Tensor | None = None
         self._folder: ImageFolder | None = None
-        if (file := next((path for path in files if path.is_file()), None)) is not None:
-            self.x, self.y, self.class_idx = _from_pickle(file)
-        elif (folder := next((path for path in folders if path.is_dir()), None)) is not None:
+        if files:
+            self.x, self.y, self.class_idx = _from_pickle(split_folder(top, files, mode))
+        elif folders:
+            folder = split_folder(top / "mini-imagenet", folders, mode)
             self._folder = ImageFolder(folders_in(folder))
             self.y, self.class_idx = np.array(self._folder.targets), self._folder.class_to_idx
         else:
-            how = f"Put {_URL}/{files[0].name} there (without its checksum, it is not downloaded)."
-            raise missing("mini-ImageNet", [*files, *folders], how)
+            looked = [top / _CACHE.format(part) for part in parts]
+            how = f"Put {_URL}/{looked[0].name} there (without its checksum, it is not downloaded)."
+            looked += [top / "mini-imagenet" / part for part in parts]
+            raise missing("mini-ImageNet", looked, how)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -109,6 +118,17 @@ class MiniImagenet(Dataset[Any]):
 
     def _labels(self) -> list[Any]:
         return [self._target(label) for label in self.y.tolist()]
+
+
+def _pickles(top: Path) -> dict[str, Path]:
+    """The file of each split that is there."""
+    found: dict[str, Path] = {}
+    for mode in ("train", "validation", "test"):
+        for part in split_of(mode):
+            path = top / _CACHE.format(part)
+            if mode not in found and path.is_file():
+                found[mode] = path
+    return found
 
 
 def _from_pickle(path: Path) -> tuple[Tensor, np.ndarray[Any, Any], dict[str, int]]:
