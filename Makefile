@@ -5,6 +5,7 @@ SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -30,12 +31,14 @@ help:
 demo: $(VENV)/.stamp-demo $(NATIVE)
 	$(ACTIVATE) fastkfo demo $(DEMO_ARGS)
 
-# Twice: on the prebuilt library, which must be what loaded, then on the reference alone.
+# Twice: on the prebuilt library, which must be what loaded, then on the reference alone. Threads that
+# wait must sleep, or the workers would keep the processors from each other.
+test: export OMP_WAIT_POLICY = passive
+test: export LEARN2LEARN_SRC = $(CURDIR)/$(LEARN2LEARN)
 test: $(VENV)/.stamp-test $(NATIVE) $(LEARN2LEARN)/setup.py
-	$(ACTIVATE) LEARN2LEARN_SRC="$(CURDIR)/$(LEARN2LEARN)" \
-	    python -m pytest --require-native $(PYTEST_ARGS)
-	$(ACTIVATE) LEARN2LEARN_SRC="$(CURDIR)/$(LEARN2LEARN)" FASTKFO_LIBRARY=/nonexistent/fastkfo.so \
-	    python -m pytest --require-reference -m "not slow" --hypothesis-profile=quick $(PYTEST_ARGS)
+	$(ACTIVATE) python -m pytest -n $(WORKERS) --dist loadfile --require-native $(PYTEST_ARGS)
+	$(ACTIVATE) FASTKFO_LIBRARY=/nonexistent/fastkfo.so python -m pytest -n $(WORKERS) --dist loadfile \
+	    --require-reference -m "not slow" --hypothesis-profile=quick $(PYTEST_ARGS)
 
 # Five minutes: a selection of meta-gradients beside learn2learn, the reference, vmap and JAX.
 bench: $(VENV)/.stamp-bench $(NATIVE) $(LEARN2LEARN)/setup.py
