@@ -62,7 +62,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(items):
-    # What takes minutes by itself comes first, or one of several processes would end long after all.
+    # What takes minutes by itself comes first: one of several processes would end long after all.
     items.sort(key=lambda item: not item.path.name.startswith(("test_triton", "test_cuda")))
     if torch.cuda.is_available():
         return
