@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastkfo.inner_loop.inputs import Batch, joined, parted
 from fastkfo.inner_loop.loss import PerTask
+from fastkfo.inner_loop.options import refused_by_clone
 from fastkfo.inner_loop.piece import together
 from fastkfo.inner_loop.run import Outcome, Settings, outcome
 from fastkfo.inner_loop.trees import map_tensors
+
+if TYPE_CHECKING:
+    from fastkfo.inner_loop.inner_loop import InnerLoop
 
 
 def by_clones(
@@ -86,3 +90,27 @@ def _featured(features: nn.Module, row: Batch) -> Batch:
 
 def _of_one(loss: Any) -> Any:
     return loss.loss if isinstance(loss, PerTask) else loss
+
+
+def check_clones(loop: InnerLoop, reason: str) -> None:
+    """Refuse options that a loop over clones does not have.
+
+    Args:
+        loop: the inner loop.
+        reason: why its tasks run as clones.
+
+    Raises:
+        ValueError: an option is set.
+    """
+    if (name := refused_by_clone(loop.learner, loop.options)) is not None:
+        kind = type(loop.learner).__name__
+        raise ValueError(f"{name}: expected None, as {kind}.clone has no such option: {reason}")
+    options = {
+        "memory": (loop.memory, "full"),
+        "buffers": (loop.buffer_mode, "shared"),
+        "chunk_size": (loop.chunk_size, None),
+        "backend": (loop.backend, "auto" if loop.backend != "loop" else "loop"),
+    }
+    for name, (value, only) in options.items():
+        if value != only:
+            raise ValueError(f"{name}: expected {only!r} for this learner, got {value!r}: {reason}")

@@ -15,7 +15,7 @@ from fastkfo.inner_loop import memory as memory_modes
 from fastkfo.inner_loop import recorder
 from fastkfo.inner_loop.at_once import adapted_at_once, at_once, fused_of, in_one_call
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit, commit_all
-from fastkfo.inner_loop.clones import by_clones
+from fastkfo.inner_loop.clones import by_clones, check_clones
 from fastkfo.inner_loop.guards import all_or_nothing, normal_mode
 from fastkfo.inner_loop.inputs import (
     Batch,
@@ -34,7 +34,6 @@ from fastkfo.inner_loop.options import (
     learner_options,
     overridden,
     params_of,
-    refused_by_clone,
     rule_of,
 )
 from fastkfo.inner_loop.piece import in_order
@@ -202,7 +201,7 @@ class InnerLoop(nn.Module):
             found = at_once(self, given, steps)
             if found is not None:
                 return found
-        recorded = self._recorded(isinstance(x_s, list))
+        recorded = self.recorder.wanted(self, isinstance(x_s, list))
         if recorded and step_weights is None:
             found = self.recorder.at_once(self, given, steps)
             if found is not None:
@@ -220,17 +219,6 @@ class InnerLoop(nn.Module):
             if found is not None:
                 return found
         return self.eager(given, settings.steps, weights)
-
-    def _recorded(self, listed: bool) -> bool:
-        """Whether the call may be recorded, or was."""
-        if self.capture is False:
-            self.recorder.clear()
-            return False
-        if listed and self.capture is True:
-            raise ValueError(
-                "capture: expected a call that can be recorded: x_s is a list of tasks"
-            )
-        return not listed and not torch.compiler.is_compiling()
 
     def eager(self, batch: Batch, steps: int, weights: Tensor | None) -> Outcome:
         """A call for tasks of equal shapes, as it runs without a recording.
@@ -274,7 +262,7 @@ class InnerLoop(nn.Module):
             raise ValueError(f"learner: expected one that can be batched, got one where {reason}")
         settings = self.settings(steps)
         with normal_mode():
-            batch = self.normal(batch)
+            batch = batch.normal()
             with torch.enable_grad():
                 if self.features is not None:
                     run = Run(settings, batch, tasks, weighted=False)
@@ -347,7 +335,7 @@ class InnerLoop(nn.Module):
         self, settings: Settings, batch: Batch, tasks: int, weights: Tensor | None
     ) -> Outcome:
         """T tasks of equal shapes."""
-        batch = self.normal(batch)
+        batch = batch.normal()
 
         def batched() -> tuple[Outcome, Parts]:
             return self._pieces(settings, batch, tasks, weights, self.chunk_size or tasks)
@@ -364,7 +352,7 @@ class InnerLoop(nn.Module):
 
     def _listed(self, settings: Settings, groups: list[Group], weights: Tensor | None) -> Outcome:
         """Tasks of any shapes, group by group; or one by one, in their order."""
-        groups = [group._replace(batch=self.normal(group.batch)) for group in groups]
+        groups = [group._replace(batch=group.batch.normal()) for group in groups]
         indices = [t for group in groups for t in group.indices]
         order = torch.tensor(indices).argsort()
         places = {t: (g.batch, k) for g in groups for k, t in enumerate(g.indices)}
@@ -408,7 +396,7 @@ class InnerLoop(nn.Module):
 
     def _first_that_can(self, batched: Way, one_by_one: Way, clones: Way) -> tuple[Outcome, Parts]:
         if (reason := self.own_step()) is not None:
-            self._check_clones(reason)
+            check_clones(self, reason)
             with all_or_nothing(self.learner, self.features):
                 found = clones()
             self._say_once(reason)
@@ -430,22 +418,6 @@ class InnerLoop(nn.Module):
         self._refused = reason
         return found
 
-    def _check_clones(self, reason: str) -> None:
-        if (name := refused_by_clone(self.learner, self.options)) is not None:
-            kind = type(self.learner).__name__
-            raise ValueError(f"{name}: expected None, as {kind}.clone has no such option: {reason}")
-        options = {
-            "memory": (self.memory, "full"),
-            "buffers": (self.buffer_mode, "shared"),
-            "chunk_size": (self.chunk_size, None),
-            "backend": (self.backend, "auto" if self.backend != "loop" else "loop"),
-        }
-        for name, (value, only) in options.items():
-            if value != only:
-                raise ValueError(
-                    f"{name}: expected {only!r} for this learner, got {value!r}: {reason}"
-                )
-
     def _say_once(self, reason: str) -> None:
         if self.backend != "loop" and not self._said:
             self._said = True
@@ -453,11 +425,6 @@ class InnerLoop(nn.Module):
                 f"fastkfo: tasks run one after the other, since they cannot be batched. {reason}",
                 stacklevel=6,
             )
-
-    @staticmethod
-    def normal(batch: Batch) -> Batch:
-        """Tensors of inference mode have no place in a graph, not even an inner step's."""
-        return batch.map(lambda x: x.clone() if x.is_inference() else x)
 
     def extra_repr(self) -> str:
         """The options that are not the default ones."""

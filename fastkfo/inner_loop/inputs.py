@@ -35,6 +35,10 @@ class Batch(NamedTuple):
         """The same of every tensor."""
         return Batch(*map_tensors(function, tuple(self)))
 
+    def normal(self) -> Batch:
+        """Copies of tensors of inference mode: these have no place in a graph of autograd's."""
+        return self.map(lambda x: x.clone() if x.is_inference() else x)
+
     def tensors(self) -> list[Tensor]:
         """All of its tensors."""
         return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]

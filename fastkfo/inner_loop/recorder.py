@@ -62,6 +62,28 @@ class Recorder:
         self._tensors: list[Tensor] = []
         self._refused: str | None = None  # why the loop, as it is watched, is not recorded
 
+    def wanted(self, loop: InnerLoop, listed: bool) -> bool:
+        """Whether a call may be recorded, or was; if not, nothing is kept.
+
+        Args:
+            loop: the inner loop.
+            listed: whether the tasks are a list.
+
+        Returns:
+            Whether to ask `at_once` and `outcome`.
+
+        Raises:
+            ValueError: the loop's `capture` is True, and tasks are a list.
+        """
+        if loop.capture is False:
+            self.clear()
+            return False
+        if listed and loop.capture is True:
+            raise ValueError(
+                "capture: expected a call that can be recorded: x_s is a list of tasks"
+            )
+        return not listed and not torch.compiler.is_compiling()
+
     def outcome(
         self, loop: InnerLoop, batch: Batch, steps: int, weights: Tensor | None
     ) -> Outcome | None:
@@ -80,7 +102,7 @@ class Recorder:
             ValueError: the loop's `capture` is True, and this call cannot be recorded.
             RuntimeError: `capture` is True, and recording failed.
         """
-        batch = loop.normal(batch)
+        batch = batch.normal()
         data = batch.tensors() if weights is None else [*batch.tensors(), weights]
         with self._lock, normal_mode():
             self.why_not = self._refusal(loop, data)
