@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 
+from fastkfo.cli.bar import Barred
 from fastkfo.cli.demo_methods import Settings, build_runs
 from fastkfo.cli.demo_notes import footnotes
 from fastkfo.cli.demo_plot import write_plot
@@ -105,35 +105,18 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
-class _Display:
+class _Display(Barred):
     """A progress bar on a terminal; elsewhere a line per phase and validation."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description:8}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
         )
         self._title, self._start = "", 0.0
-
-    def __enter__(self) -> _Display:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def start(self, title: str) -> None:
         self._title, self._start = title, time.perf_counter()

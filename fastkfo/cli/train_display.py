@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
+from fastkfo.cli.bar import Barred
 from fastkfo.training import Evaluation, Trainer, Watcher
 
 __all__ = ["Display"]
@@ -22,7 +15,7 @@ __all__ = ["Display"]
 SHOWN_SKIPS = 3  # of iterations without a step; after that the count at the end must do
 
 
-class Display(Watcher):
+class Display(Barred, Watcher):
     """Rate, time left and the current meta-loss; every validation on a line of its own.
 
     Args:
@@ -30,31 +23,14 @@ class Display(Watcher):
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
+        super().__init__(
+            console,
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
         )
         self._skips = 0
-
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def begin(self, trainer: Trainer) -> None:
         """Shows what is about to run."""
