@@ -37,6 +37,8 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank,
   aoti_torch_get_dtype(like.get(), &dtype);
   if (other == ScalarType::Bool) dtype = aoti_torch_dtype_bool();
   if (other == ScalarType::Int) dtype = aoti_torch_dtype_int32();
+  if (other == ScalarType::Float) dtype = aoti_torch_dtype_float32();
+  if (other == ScalarType::Double) dtype = aoti_torch_dtype_float64();
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
   AtenTensorHandle handle = nullptr;

@@ -4,28 +4,30 @@
 //   alpha   one factor per item
 //   wanted  one bit mask per item: 1 grad, 2 left, 4 right, 8 bias, 16 scale, 32 cotangent
 // A list of optional operands may be empty, which means "absent for every item".
+//   tf32    whether float32 may be multiplied as TF32; on CUDA alone
 #include "common.h"
 
 STABLE_TORCH_LIBRARY(fastkfo, m) {
   // out = param + alpha * scale o (left @ grad @ right + bias)
   m.def(
       "kron_forward(Tensor[] grads, Tensor?[] left, Tensor?[] right, Tensor?[] bias, "
-      "Tensor?[] scale, Tensor?[] params, int[] dims, float[] alpha) -> Tensor[]");
+      "Tensor?[] scale, Tensor?[] params, int[] dims, float[] alpha, bool tf32=False) -> Tensor[]");
   // the vector-Jacobian product of kron_forward, item by item, in the order of the bits
   m.def(
       "kron_backward(Tensor[] cotangents, Tensor[] grads, Tensor?[] left, Tensor?[] right, "
-      "Tensor?[] bias, Tensor?[] scale, int[] dims, float[] alpha, int[] wanted) -> Tensor[]");
+      "Tensor?[] bias, Tensor?[] scale, int[] dims, float[] alpha, int[] wanted, bool tf32=False) "
+      "-> Tensor[]");
   // the vector-Jacobian product of kron_backward; d_x is the cotangent of what it returned for x
   m.def(
       "kron_double_backward(Tensor[] cotangents, Tensor[] grads, Tensor?[] left, "
       "Tensor?[] right, Tensor?[] bias, Tensor?[] scale, Tensor?[] d_grads, Tensor?[] d_left, "
       "Tensor?[] d_right, Tensor?[] d_bias, Tensor?[] d_scale, int[] dims, float[] alpha, "
-      "int[] wanted) -> Tensor[]");
+      "int[] wanted, bool tf32=False) -> Tensor[]");
 
   // L^T L;  L (V + V^T), its vector-Jacobian product;  L^T M + M^T L, its derivative along M
-  m.def("gram(Tensor[] factors) -> Tensor[]");
-  m.def("gram_vjp(Tensor[] factors, Tensor[] cotangents) -> Tensor[]");
-  m.def("gram_jvp(Tensor[] factors, Tensor[] tangents) -> Tensor[]");
+  m.def("gram(Tensor[] factors, bool tf32=False) -> Tensor[]");
+  m.def("gram_vjp(Tensor[] factors, Tensor[] cotangents, bool tf32=False) -> Tensor[]");
+  m.def("gram_jvp(Tensor[] factors, Tensor[] tangents, bool tf32=False) -> Tensor[]");
 
   // the mean loss of every task, softmax, and (softmax - unit vectors)/S; the derivative of
   // cotangent * residual along v

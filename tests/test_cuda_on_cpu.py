@@ -6,20 +6,17 @@ block's own; tests/test_inner_loop_fused_gpu.py runs the same cases on a GPU.
 
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastkfo.functional.inner_loop_spec import FORMS, Spec, flattened
-from fastkfo.kernels import build_flags
 from fastkfo.reference.inner_loop import LOSSES
+from tests import emulation
 from tests.cases import needs_native
 from tests.inner_loop_cases import MODELS, TRANSFORMS, case
 
-HERE = Path(__file__).resolve().parent
-OPS = ("forward", "tape", "gradient", "backward")
+OPS = tuple(f"inner_loop_{x}" for x in ("forward", "tape", "gradient", "backward"))
 
 pytestmark = [
     needs_native,
@@ -30,26 +27,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The ops, built from csrc/cuda."""
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
-    csrc = build_flags.csrc_folder()
-    torch_folder = Path(torch.__file__).parent
-    flags = [x for x in build_flags.CXX_FLAGS if "openmp" not in x and x != "-O3"]
-    subprocess.run(
-        [
-            "g++", "-shared", "-fPIC", "-O1", *flags,
-            *(f"-I{x}" for x in (HERE / "cuda_on_cpu", csrc, torch_folder / "include")),
-            str(HERE / "cuda_on_cpu" / "library.cpp"), "-o", str(library),
-            f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
-        ],
-        check=True,
-    )  # fmt: skip
-    ours = torch.library.Library("cuda_on_cpu", "DEF")
-    for name in OPS:
-        schema = getattr(torch.ops.fastkfo, f"inner_loop_{name}").default._schema
-        ours.define(str(schema).replace("fastkfo::", ""))
-    torch.ops.load_library(str(library))
-    yield torch.ops.cuda_on_cpu
-    del ours
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    with emulation.emulated("inner_loop.cpp", "cuda_on_cpu", OPS, folder) as ops:
+        yield ops
 
 
 def arguments(c, **changes):

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu/operand.h"
 #include "cpu/parallel.h"
+#include "operand.h"
 
 namespace fastkfo::cpu {
 namespace {

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cpu/gemm.h"
-#include "cpu/operand.h"
 #include "cpu/parallel.h"
+#include "operand.h"
 
 namespace fastkfo::cpu {
 namespace {
@@ -161,16 +161,16 @@ Tensors by_dtype(const Tensors& factors, const Tensors* partners, bool square, i
 
 }  // namespace
 
-Tensors gram(Tensors factors) {
+Tensors gram(Tensors factors, bool) {
   return by_dtype(factors, nullptr, true, 32, [](auto& f, auto& scratch) { gram_one(f, scratch); });
 }
 
-Tensors gram_vjp(Tensors factors, Tensors cotangents) {
+Tensors gram_vjp(Tensors factors, Tensors cotangents, bool) {
   return by_dtype(factors, &cotangents, false, 0,
                   [](auto& f, auto& scratch) { gram_vjp_one(f, scratch); });
 }
 
-Tensors gram_jvp(Tensors factors, Tensors tangents) {
+Tensors gram_jvp(Tensors factors, Tensors tangents, bool) {
   return by_dtype(factors, &tangents, true, 0,
                   [](auto& f, auto& scratch) { gram_jvp_one(f, scratch); });
 }

@@ -132,113 +132,6 @@ void double_backward_unit(UnitSteps<S, T>& s, const Results<S, T>& to) {
   }
 }
 
-struct Arguments {
-  Tensors* cotangents = nullptr;
-  Tensors& grads;
-  MaybeTensors &left, &right, &bias, &scale;
-  MaybeTensors *params = nullptr, *d_grads = nullptr, *d_left = nullptr, *d_right = nullptr,
-               *d_bias = nullptr, *d_scale = nullptr;
-  const Ints& dims;
-  const Floats& alpha;
-  const Ints* wanted = nullptr;
-};
-
-bool one_number_per_task(const Tensor& scale) {
-  const auto sizes = scale.sizes();
-  return scale.numel() == 1 ||
-         (sizes.size() == 4 && sizes[1] == 1 && sizes[2] == 1 && sizes[3] == 1);
-}
-
-// Whether sizes that a caller made up can be multiplied: none negative, no overflow.
-bool sizes_are_sound(std::initializer_list<int64_t> sizes) {
-  int64_t room = int64_t(1) << 62;
-  for (const int64_t size : sizes) {
-    if (size < 0 || size > room) return false;
-    room /= std::max<int64_t>(1, size);
-  }
-  return true;
-}
-
-// What a unit writes must be there: every operand whose gradient is wanted, in its full size.
-template <class T>
-void check_wanted(const Item<T>& it, const Tensor& cotangent, int64_t i) {
-  const auto& x = it.x;
-  STD_TORCH_CHECK(!(it.wanted & kLeft && !x.left) && !(it.wanted & kRight && !x.right) &&
-                      !(it.wanted & kBias && !x.bias) && !(it.wanted & kScale && !x.scale),
-                  "fastkfo: item ", i, " wants the gradient of an absent operand");
-  STD_TORCH_CHECK(cotangent.numel() == it.tasks * it.batch * it.n * it.m, "fastkfo: cotangents[", i,
-                  "] has ", cotangent.numel(), " elements, expected ",
-                  it.tasks * it.batch * it.n * it.m);
-}
-
-template <class T>
-Item<T> make_item(const Arguments& a, int64_t i) {
-  const int64_t t = a.dims[4 * i], b = a.dims[4 * i + 1], n = a.dims[4 * i + 2],
-                m = a.dims[4 * i + 3];
-  STD_TORCH_CHECK(
-      sizes_are_sound({t, b, n, m}) && sizes_are_sound({t, n, n}) && sizes_are_sound({t, m, m}),
-      "fastkfo: item ", i, " has impossible dims ", t, " ", b, " ", n, " ", m);
-  // A chunk is about two million operations; it depends on the shape alone.
-  const int64_t per_entry = std::max<int64_t>(1, 2 * n * m * (n + m));
-  Item<T> it{t, b, n, m, std::max<int64_t>(1, 2'000'000 / per_entry), a.alpha[i]};
-  const Strides<4> elements{t, b, n, m}, one{t, 1, 1, 1};
-  const Strides<3> left{t, n, n}, right{t, m, m}, bias{t, n, m};
-  STD_TORCH_CHECK(a.grads[i].numel() == t * b * n * m, "fastkfo: grads[", i, "] has ",
-                  a.grads[i].numel(), " elements, expected ", t * b * n * m);
-  it.x.grad = operand<T>(a.grads[i], elements, "grads", i);
-  it.x.left = operand<T>(a.left, i, left, "left");
-  it.x.right = operand<T>(a.right, i, right, "right");
-  it.x.bias = operand<T>(a.bias, i, bias, "bias");
-  it.scale_is_full = !a.scale.empty() && a.scale[i] && !one_number_per_task(*a.scale[i]);
-  const auto& scale = it.scale_is_full ? elements : one;
-  it.x.scale = operand<T>(a.scale, i, scale, "scale");
-  if (a.params) it.param = operand<T>(*a.params, i, elements, "params");
-  if (a.cotangents) it.cotangent = operand<T>((*a.cotangents)[i], elements, "cotangents", i);
-  if (a.d_grads) {
-    it.d.grad = operand<T>(*a.d_grads, i, elements, "d_grads");
-    it.d.left = operand<T>(*a.d_left, i, left, "d_left");
-    it.d.right = operand<T>(*a.d_right, i, right, "d_right");
-    it.d.bias = operand<T>(*a.d_bias, i, bias, "d_bias");
-    it.d.scale = operand<T>(*a.d_scale, i, scale, "d_scale");
-  }
-  if (a.wanted) {
-    it.wanted = (*a.wanted)[i];
-    check_wanted(it, (*a.cotangents)[i], i);
-  }
-  return it;
-}
-
-template <class T>
-std::vector<Item<T>> make_items(const Arguments& a) {
-  const int64_t count = static_cast<int64_t>(a.grads.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(a.dims.size()) == 4 * count &&
-                      static_cast<int64_t>(a.alpha.size()) == count &&
-                      (!a.wanted || static_cast<int64_t>(a.wanted->size()) == count),
-                  "fastkfo: expected four dims, one alpha and one wanted for each of ", count,
-                  " items");
-  const ScalarType dtype = count ? a.grads[0].scalar_type() : ScalarType::Float;
-  const auto check = [&](const Tensor& x) {
-    STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(),
-                    "fastkfo: operands must share one dtype and be on the CPU");
-  };
-  for (const Tensors* list : {a.cotangents, &a.grads})
-    if (list) {
-      STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");
-      for (const auto& x : *list) check(x);
-    }
-  for (const MaybeTensors* list : {&a.left, &a.right, &a.bias, &a.scale, a.params, a.d_grads,
-                                   a.d_left, a.d_right, a.d_bias, a.d_scale})
-    if (list && !list->empty()) {
-      STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == count, "fastkfo: list lengths differ");
-      for (const auto& x : *list)
-        if (x) check(*x);
-    }
-  std::vector<Item<T>> items;
-  items.reserve(count);
-  for (int64_t i = 0; i < count; ++i) items.push_back(make_item<T>(a, i));
-  return items;
-}
-
 // Runs body(steps) for every unit. Units with large products come one by one, since those bring
 // their own threads, unless there are enough of them to keep every thread busy.
 template <class T, class F>
@@ -356,34 +249,18 @@ Tensors gradients(const Arguments& a, const F& unit) {
   return out;
 }
 
-template <class F>
-Tensors by_dtype(const Tensors& like, const F& run) {
-  if (like.empty()) return {};
-  switch (like[0].scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Double:
-      return run(double{});
-    case ScalarType::BFloat16:
-      return run(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return run(torch::headeronly::Half{});
-    default:
-      STD_TORCH_CHECK(false, "fastkfo: expected float32, float64, bfloat16 or float16");
-  }
-}
-
 }  // namespace
 
 Tensors kron_forward(Tensors grads, MaybeTensors left, MaybeTensors right, MaybeTensors bias,
-                     MaybeTensors scale, MaybeTensors params, Ints dims, Floats alpha) {
+                     MaybeTensors scale, MaybeTensors params, Ints dims, Floats alpha, bool) {
   Arguments a{nullptr, grads,   left,    right,   bias, scale, &params, nullptr,
               nullptr, nullptr, nullptr, nullptr, dims, alpha, nullptr};
   return by_dtype(grads, [&](auto t) { return forward<decltype(t)>(a); });
 }
 
 Tensors kron_backward(Tensors cotangents, Tensors grads, MaybeTensors left, MaybeTensors right,
-                      MaybeTensors bias, MaybeTensors scale, Ints dims, Floats alpha, Ints wanted) {
+                      MaybeTensors bias, MaybeTensors scale, Ints dims, Floats alpha, Ints wanted,
+                      bool) {
   Arguments a{&cotangents, grads,   left,    right,   bias, scale, nullptr, nullptr,
               nullptr,     nullptr, nullptr, nullptr, dims, alpha, &wanted};
   return by_dtype(grads, [&](auto t) {
@@ -395,7 +272,7 @@ Tensors kron_double_backward(Tensors cotangents, Tensors grads, MaybeTensors lef
                              MaybeTensors right, MaybeTensors bias, MaybeTensors scale,
                              MaybeTensors d_grads, MaybeTensors d_left, MaybeTensors d_right,
                              MaybeTensors d_bias, MaybeTensors d_scale, Ints dims, Floats alpha,
-                             Ints wanted) {
+                             Ints wanted, bool) {
   Arguments a{&cotangents, grads,    left,    right,    bias, scale, nullptr, &d_grads,
               &d_left,     &d_right, &d_bias, &d_scale, dims, alpha, &wanted};
   return by_dtype(grads, [&](auto t) {

@@ -9,40 +9,11 @@
 #include <type_traits>
 
 #include "cpu/gemm.h"
-#include "cpu/operand.h"
+#include "kron/call.h"
 
 namespace fastkfo::cpu {
 
-enum Wanted : int64_t {
-  kGrad = 1,
-  kLeft = 2,
-  kRight = 4,
-  kBias = 8,
-  kScale = 16,
-  kCotangent = 32,
-};
-
-// float16 and bfloat16 are computed in float32.
-template <class T>
-using Accumulated = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-struct Operands {
-  Operand<T, 4> grad, scale;
-  Operand<T, 3> left, right, bias;
-};
-
-template <class T>
-struct Item {
-  int64_t tasks, batch, n, m;
-  int64_t chunk;  // batch entries per unit
-  double alpha;
-  bool scale_is_full;  // one number per element, rather than one per task
-  Operands<T> x, d;    // d: tangents of x, in the double backward only
-  Operand<T, 4> cotangent, param;
-  int64_t wanted = 0;
-  int64_t chunks() const { return batch == 0 ? 1 : (batch + chunk - 1) / chunk; }
-};
+using namespace fastkfo::kron;
 
 struct Unit {
   int64_t item, t, b0, b1;

@@ -6,7 +6,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "cpu/operand.h"
+#include "operand.h"
 
 namespace fastkfo::cpu {
 

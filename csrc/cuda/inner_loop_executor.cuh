@@ -4,17 +4,12 @@
 
 #include <math_constants.h>
 
+#include "cuda/block.cuh"
 #include "inner_loop/layers.h"
 
 namespace fastkfo::inner_loop::FASTKFO_LEVEL {
 
-// A block's barrier. nvcc takes for granted that a warp's threads have met again after a loop that
-// some of them did not run, and they had not, always: such a warp was counted twice, and others
-// went on too early (synccheck showed it, and sums that were wrong).
-FASTKFO_FN void wait_for_all() {
-  __syncwarp();
-  __syncthreads();
-}
+using cuda::wait_for_all;
 
 template <class S>
 struct Executor {

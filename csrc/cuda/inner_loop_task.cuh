@@ -191,7 +191,7 @@ __host__ __device__ constexpr int64_t head_bytes() {
 template <class S>
 __global__ void __launch_bounds__(cuda::kThreads)
     run_tasks(const __grid_constant__ Frozen given, const __grid_constant__ TaskCall<S> call) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  using cuda::shared_memory;
   Frozen& frozen = *reinterpret_cast<Frozen*>(shared_memory);
   const int* from = reinterpret_cast<const int*>(&given);
   int* to = reinterpret_cast<int*>(shared_memory);

@@ -6,10 +6,9 @@
 #include <algorithm>
 
 #include "common.h"
+#include "cuda/block.cuh"
 
 namespace fastkfo::cuda {
-
-constexpr int kThreads = 256;
 
 #if defined(__CUDACC__)
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
@@ -34,8 +33,9 @@ inline dim3 grid_of(int64_t most_elements, int64_t items) {
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(items));
 }
 
-// shared: bytes of a block's shared memory; more than 48 KiB are asked for.
-template <class Argument, class... More>
+// shared: bytes of a block's shared memory; more than 48 KiB are asked for. EVERY_THREAD: whether
+// the kernel counts on kThreads (the emulation of the others has fewer).
+template <bool EVERY_THREAD = false, class Argument, class... More>
 void launch(void (*kernel)(Argument, More...), dim3 grid, int64_t shared, cudaStream_t stream,
             const Argument& argument, const More&... more) {
   if (shared > 48 * 1024)
@@ -44,7 +44,8 @@ void launch(void (*kernel)(Argument, More...), dim3 grid, int64_t shared, cudaSt
 #if defined(__CUDACC__)
   kernel<<<grid, kThreads, shared, stream>>>(argument, more...);
 #else  // tests/cuda_on_cpu: the same kernels, a block's threads one after the other
-  run_on_cpu(grid, kThreads, shared, [&] { kernel(argument, more...); });
+  run_on_cpu(grid, EVERY_THREAD ? kThreads : kThreads / 4, shared,
+             [&] { kernel(argument, more...); });
 #endif
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -13,6 +13,7 @@ from fastkfo import reference
 from fastkfo.functional import checks
 from fastkfo.functional.function import apply, batched_first, with_eager_form
 from fastkfo.kernels import selector
+from fastkfo.kernels.kron import is_large, run
 
 
 def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Tensor]:
@@ -21,7 +22,7 @@ def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Ten
     Args:
         factors: L of any shapes `[..., r, n]`; float32, float64, bfloat16 or float16 (the latter
             two are accumulated in float32), any strides.
-        implementation: "auto", "native" or "reference".
+        implementation: "auto", "native", "triton" or "reference".
 
     Returns:
         One tensor `[..., n, n]` per factor.
@@ -52,15 +53,28 @@ def gram_unchecked(factors: list[Tensor], implementation: str = "auto") -> list[
         return checks.scatter(
             groups, lambda ids: gram_unchecked([factors[i] for i in ids], implementation)
         )
-    if selector.select(implementation, factors[0].device) == "reference":
-        with checks.without_autocast(factors[0].device):
+    device = factors[0].device
+    how = selector.select(implementation, device, "kron")
+    if how != "reference" and device.type != "cpu":
+        large = [i for i, x in enumerate(factors) if is_large(*x.shape[-2:])]
+        if large and len(large) < len(factors):
+            small = [i for i in range(len(factors)) if i not in large]
+            return checks.scatter(
+                [small, large],
+                lambda ids: gram_unchecked([factors[i] for i in ids], implementation),
+            )
+        how = "reference" if large else how
+    if how == "reference":
+        with checks.without_autocast(device):
             return [reference.gram.gram(factor) for factor in factors]
-    return list(apply(Gram, *factors))
+    return list(apply(Gram, how, *factors))
 
 
-def _vmap(function: Any, info: Any, in_dims: tuple[int | None, ...], args: Sequence[Tensor]) -> Any:
-    moved = [batched_first(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True)]
-    out = function.apply(*moved)
+def _vmap(
+    function: Any, info: Any, in_dims: Sequence[Any], how: str, args: Sequence[Tensor]
+) -> Any:
+    moved = [batched_first(x, d, info.batch_size) for x, d in zip(args, in_dims[1:], strict=True)]
+    out = function.apply(how, *moved)
     return out, (0,) * len(out)
 
 
@@ -75,8 +89,9 @@ class _Bilinear(Function):
     """A function of the factors followed by as many partners, without gaps in its derivatives."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.how, *tensors = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
 
@@ -85,23 +100,27 @@ class Gram(_Bilinear):
     """`LᵀL`."""
 
     @staticmethod
-    def forward(*factors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.fastkfo.gram.default(factors))
+    def forward(how: str, *factors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(how, "gram", factors))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         factors = ctx.saved_tensors
-        live = [i for i, c in enumerate(cotangents) if c is not None and ctx.needs_input_grad[i]]
+        live = [
+            i for i, c in enumerate(cotangents) if c is not None and ctx.needs_input_grad[1 + i]
+        ]
         grads: list[Tensor | None] = [None] * len(factors)
         if live:
-            out = apply(GramVjp, *(factors[i] for i in live), *(cotangents[i] for i in live))
+            out = apply(
+                GramVjp, ctx.how, *(factors[i] for i in live), *(cotangents[i] for i in live)
+            )
             for i, grad in zip(live, out, strict=True):
                 grads[i] = grad
-        return tuple(grads)
+        return (None, *grads)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *factors: Tensor) -> Any:
-        return _vmap(Gram, info, in_dims, factors)
+    def vmap(info: Any, in_dims: Any, how: str, *factors: Tensor) -> Any:
+        return _vmap(Gram, info, in_dims, how, factors)
 
 
 @with_eager_form
@@ -109,9 +128,9 @@ class GramVjp(_Bilinear):
     """`L (V + Vᵀ)`."""
 
     @staticmethod
-    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+    def forward(how: str, *args: Tensor) -> tuple[Tensor, ...]:
         half = len(args) // 2
-        return tuple(torch.ops.fastkfo.gram_vjp.default(args[:half], args[half:]))
+        return tuple(run(how, "gram_vjp", args[:half], args[half:]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -121,13 +140,19 @@ class GramVjp(_Bilinear):
             torch.zeros_like(x) if c is None else c
             for c, x in zip(cotangents, factors, strict=True)
         ]
-        to_factors = apply(GramVjp, *d, *partners) if any(ctx.needs_input_grad[:half]) else None
-        to_partners = apply(GramJvp, *factors, *d) if any(ctx.needs_input_grad[half:]) else None
-        return (*(to_factors or [None] * half), *(to_partners or [None] * half))
+        to_factors = (
+            apply(GramVjp, ctx.how, *d, *partners)
+            if any(ctx.needs_input_grad[1 : 1 + half])
+            else None
+        )
+        to_partners = (
+            apply(GramJvp, ctx.how, *factors, *d) if any(ctx.needs_input_grad[1 + half :]) else None
+        )
+        return (None, *(to_factors or [None] * half), *(to_partners or [None] * half))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
-        return _vmap(GramVjp, info, in_dims, args)
+    def vmap(info: Any, in_dims: Any, how: str, *args: Tensor) -> Any:
+        return _vmap(GramVjp, info, in_dims, how, args)
 
 
 @with_eager_form
@@ -135,19 +160,25 @@ class GramJvp(_Bilinear):
     """`LᵀM + MᵀL`."""
 
     @staticmethod
-    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+    def forward(how: str, *args: Tensor) -> tuple[Tensor, ...]:
         half = len(args) // 2
-        return tuple(torch.ops.fastkfo.gram_jvp.default(args[:half], args[half:]))
+        return tuple(run(how, "gram_jvp", args[:half], args[half:]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         half = len(ctx.saved_tensors) // 2
         factors, tangents = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         d = _filled(cotangents, factors)
-        to_factors = apply(GramVjp, *tangents, *d) if any(ctx.needs_input_grad[:half]) else None
-        to_tangents = apply(GramVjp, *factors, *d) if any(ctx.needs_input_grad[half:]) else None
-        return (*(to_factors or [None] * half), *(to_tangents or [None] * half))
+        to_factors = (
+            apply(GramVjp, ctx.how, *tangents, *d)
+            if any(ctx.needs_input_grad[1 : 1 + half])
+            else None
+        )
+        to_tangents = (
+            apply(GramVjp, ctx.how, *factors, *d) if any(ctx.needs_input_grad[1 + half :]) else None
+        )
+        return (None, *(to_factors or [None] * half), *(to_tangents or [None] * half))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
-        return _vmap(GramJvp, info, in_dims, args)
+    def vmap(info: Any, in_dims: Any, how: str, *args: Tensor) -> Any:
+        return _vmap(GramJvp, info, in_dims, how, args)

@@ -29,6 +29,7 @@ from fastkfo.functional.kron_layout import (
     call,
     canonical,
 )
+from fastkfo.kernels import kron as kernels
 from fastkfo.kernels import selector
 
 Operands = Sequence["Tensor | None"] | None
@@ -345,22 +346,50 @@ def kron_unchecked(
         return []
     ids = checks.by_dtype_and_device(grads)  # type: ignore[arg-type]
     if len(ids) > 1:
-        return checks.scatter(
-            ids,
-            lambda part: kron_unchecked(
-                tuple(d for i in part for d in dims[4 * i : 4 * i + 4]),
-                tuple(alpha[i] for i in part),
-                {bit: [g[i] for i in part] for bit, g in groups.items() if g},
-                implementation,
-            ),
-        )
-    if selector.select(implementation, grads[0].device) == "reference":  # type: ignore[union-attr]
+        return checks.scatter(ids, lambda part: _some(part, dims, alpha, groups, implementation))
+    device = grads[0].device  # type: ignore[union-attr]
+    how = selector.select(implementation, device, "kron")
+    if how != "reference" and device.type != "cpu":
+        large = [i for i in range(len(grads)) if _is_large(dims[4 * i : 4 * i + 4], groups, i)]
+        if large and len(large) < len(grads):
+            small = [i for i in range(len(grads)) if i not in large]
+            return checks.scatter(
+                [small, large], lambda part: _some(part, dims, alpha, groups, implementation)
+            )
+        how = "reference" if large else how
+    if how == "reference":
         items = [{b: g[i] for b, g in groups.items() if g} for i in range(len(grads))]
-        with checks.without_autocast(grads[0].device):  # type: ignore[union-attr]
+        with checks.without_autocast(device):
             return [
                 _reference(dims[4 * i : 4 * i + 4], alpha[i], item) for i, item in enumerate(items)
             ]
-    return list(call(KronForward, dims, alpha, (), groups))
+    return list(call(KronForward, dims, alpha, (how,), groups))
+
+
+def _is_large(dims: Sequence[int], groups: Mapping[int, Group], i: int) -> bool:
+    """Whether an item's products are better left to cuBLAS."""
+    sides = [
+        size
+        for bit, size in ((LEFT, dims[2]), (RIGHT, dims[3]))
+        if groups.get(bit) and groups[bit][i] is not None
+    ]
+    return kernels.is_large(*sides)
+
+
+def _some(
+    part: list[int],
+    dims: tuple[int, ...],
+    alpha: tuple[float, ...],
+    groups: Mapping[int, Group],
+    implementation: str,
+) -> list[Tensor]:
+    """`kron_unchecked` of some of the items."""
+    return kron_unchecked(
+        tuple([d for i in part for d in dims[4 * i : 4 * i + 4]]),
+        tuple([alpha[i] for i in part]),
+        {bit: [g[i] for i in part] for bit, g in groups.items() if g},
+        implementation,
+    )
 
 
 def _reference(dims: Sequence[int], alpha: float, x: dict[int, Tensor | None]) -> Tensor:

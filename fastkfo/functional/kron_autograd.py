@@ -32,6 +32,7 @@ from fastkfo.functional.kron_layout import (
     slices,
     split,
 )
+from fastkfo.kernels.kron import run
 from fastkfo.reference.kron import Operands, kron_double_backward
 
 
@@ -77,56 +78,59 @@ class KronForward(Function):
     """`θ + α S ∘ (A G C + β)`."""
 
     @staticmethod
-    def forward(dims: Any, alpha: Any, present: int, *tensors: Tensor | None) -> Any:
+    def forward(dims: Any, alpha: Any, present: int, how: str, *tensors: Tensor | None) -> Any:
         params, *x = split(FORWARD_BITS, present, len(alpha), tensors)
-        return tuple(torch.ops.fastkfo.kron_forward.default(*x, params, dims, alpha))
+        return tuple(run(how, "kron_forward", *x, params, dims, alpha))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.dims, ctx.alpha, ctx.present = inputs[:3]
+        ctx.dims, ctx.alpha, ctx.present, ctx.how = inputs[:4]
         ctx.set_materialize_grads(False)
         count = len(ctx.alpha)
         # Neither θ nor, where nothing multiplies it that is learned, G is needed again.
         skip = count if ctx.present & PARAM else 0
         ctx.kept = ctx.present & ~PARAM
-        if not any(ctx.needs_input_grad[3 + skip + count :]):
+        if not any(ctx.needs_input_grad[4 + skip + count :]):
             skip += count
             ctx.kept &= ~GRAD
-        ctx.save_for_backward(*inputs[3 + skip :])
+        ctx.save_for_backward(*inputs[4 + skip :])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         alpha, count = ctx.alpha, len(ctx.alpha)
         live = tuple(c is not None for c in cotangents)
-        plan = _plan(FORWARD_BITS, X_BITS, ctx.present, count, ctx.needs_input_grad[3:], live)
+        plan = _plan(FORWARD_BITS, X_BITS, ctx.present, count, ctx.needs_input_grad[4:], live)
         tensors = ctx.saved_tensors
         if plan.slots:
             if False in live:  # its item wants nothing; the op needs a shape
                 cotangents = tuple(_filled(cotangents, ctx.dims, tensors))
-            results = _backward(
-                ctx.dims, alpha, ctx.kept | COTANGENT, plan.wanted, (*cotangents, *tensors)
+            present = ctx.kept | COTANGENT
+            results = _apply_if_differentiated(
+                KronBackward, ctx.dims, alpha, present, ctx.how, plan.wanted, *cotangents, *tensors
             )
         else:
             results = ()
         gradients = _scattered(plan, results)
         if ctx.present & PARAM:
             for i, c in enumerate(cotangents):
-                if live[i] and ctx.needs_input_grad[3 + i]:
+                if live[i] and ctx.needs_input_grad[4 + i]:
                     gradients[i] = c
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, *tensors: Any) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, how: str, *tensors: Any
+    ) -> Any:
         fold = Fold(info.batch_size, dims)
         x = by_bit(FORWARD_BITS, present, len(alpha), tensors)
-        d = by_bit(FORWARD_BITS, present, len(alpha), in_dims[3:])
+        d = by_bit(FORWARD_BITS, present, len(alpha), in_dims[4:])
         # What is mapped by none and has no task axis stays shared.
         folded = {
             bit: [fold.operand(i, x[bit][i], d[bit][i], bit, share=bit not in (PARAM, GRAD))
                   for i in range(len(x[bit]))]
             for bit in FORWARD_BITS
         }  # fmt: skip
-        out = call(KronForward, fold.dims, alpha, (), folded)
+        out = call(KronForward, fold.dims, alpha, (how,), folded)
         shapes = [fold.logical_shape(x[GRAD][i], d[GRAD][i]) for i in range(len(alpha))]
         return tuple(u.reshape(fold.size, *shape) for u, shape in zip(out, shapes, strict=True)), (
             0,
@@ -141,11 +145,11 @@ def _filled(cotangents: Group, dims: Any, like: Sequence[Tensor | None]) -> list
     ]
 
 
-def _backward(dims: Any, alpha: Any, present: int, wanted: Any, tensors: Any) -> Any:
-    """KronBackward, as a Function only where its result may be differentiated."""
+def _apply_if_differentiated(function: Any, *args: Any) -> Any:
+    """As a Function only where its result may be differentiated."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return apply(KronBackward, dims, alpha, present, wanted, *tensors)
-    return KronBackward.forward(dims, alpha, present, wanted, *tensors)
+        return apply(function, *args)
+    return function.forward(*args)
 
 
 def _stand_in(group: Group, cotangents: Group) -> Group:
@@ -158,18 +162,16 @@ class KronBackward(Function):
     """The vector-Jacobian product of `KronForward`, for the bits in `wanted` of each item."""
 
     @staticmethod
-    def forward(dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any) -> Any:
+    def forward(dims: Any, alpha: Any, present: int, how: str, wanted: Any, *tensors: Any) -> Any:
         cotangents, grads, *x = split(BACKWARD_BITS, present, len(alpha), tensors)
         grads = _stand_in(grads, cotangents)
-        return tuple(
-            torch.ops.fastkfo.kron_backward.default(cotangents, grads, *x, dims, alpha, wanted)
-        )
+        return tuple(run(how, "kron_backward", cotangents, grads, *x, dims, alpha, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.dims, ctx.alpha, ctx.present, ctx.wanted = inputs[:4]
+        ctx.dims, ctx.alpha, ctx.present, ctx.how, ctx.wanted = inputs[:5]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[4:])
+        ctx.save_for_backward(*inputs[5:])
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
@@ -181,18 +183,27 @@ class KronBackward(Function):
                 if bits & bit:
                     d[bit][i] = next(outputs)
         live = tuple([any([d[bit][i] is not None for bit in X_BITS]) for i in range(count)])
-        plan = _plan(BACKWARD_BITS, DOUBLE_OUT, ctx.present, count, ctx.needs_input_grad[4:], live)
+        plan = _plan(BACKWARD_BITS, DOUBLE_OUT, ctx.present, count, ctx.needs_input_grad[5:], live)
         present = ctx.present
         for bit in X_BITS:
             if any([x is not None for x in d[bit]]):
                 present |= bit << 8
                 tensors = (*tensors, *d[bit])
-        results = _double_backward(ctx.dims, ctx.alpha, present, plan.wanted, tensors)
-        return (None, None, None, None, *_scattered(plan, results))
+        results = _apply_if_differentiated(
+            KronDoubleBackward, ctx.dims, ctx.alpha, present, ctx.how, plan.wanted, *tensors
+        )
+        return (None, None, None, None, None, *_scattered(plan, results))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any
+        info: Any,
+        in_dims: Any,
+        dims: Any,
+        alpha: Any,
+        present: int,
+        how: str,
+        wanted: Any,
+        *tensors: Any,
     ) -> Any:
         return _vmap_derivative(
             KronBackward,
@@ -203,16 +214,10 @@ class KronBackward(Function):
             dims,
             alpha,
             present,
+            how,
             wanted,
             tensors,
         )
-
-
-def _double_backward(dims: Any, alpha: Any, present: int, wanted: Any, tensors: Any) -> Any:
-    """KronDoubleBackward, as a Function only where its result may be differentiated."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return apply(KronDoubleBackward, dims, alpha, present, wanted, *tensors)
-    return KronDoubleBackward.forward(dims, alpha, present, wanted, *tensors)
 
 
 @with_eager_form
@@ -220,18 +225,14 @@ class KronDoubleBackward(Function):
     """The vector-Jacobian product of `KronBackward`."""
 
     @staticmethod
-    def forward(dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any) -> Any:
+    def forward(dims: Any, alpha: Any, present: int, how: str, wanted: Any, *tensors: Any) -> Any:
         cotangents, grads, *x = split(DOUBLE_BITS, present, len(alpha), tensors)
         grads = _stand_in(grads, cotangents)
-        return tuple(
-            torch.ops.fastkfo.kron_double_backward.default(
-                cotangents, grads, *x, dims, alpha, wanted
-            )
-        )
+        return tuple(run(how, "kron_double_backward", cotangents, grads, *x, dims, alpha, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.dims, ctx.alpha, ctx.present, ctx.wanted, *tensors = inputs
+        ctx.dims, ctx.alpha, ctx.present, _, ctx.wanted, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -248,11 +249,18 @@ class KronDoubleBackward(Function):
         gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         for k, x in zip(given, vjp(d_outputs), strict=True):
             gradients[k] = x
-        return (None, None, None, None, *gradients)
+        return (None, None, None, None, None, *gradients)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, dims: Any, alpha: Any, present: int, wanted: Any, *tensors: Any
+        info: Any,
+        in_dims: Any,
+        dims: Any,
+        alpha: Any,
+        present: int,
+        how: str,
+        wanted: Any,
+        *tensors: Any,
     ) -> Any:
         return _vmap_derivative(
             KronDoubleBackward,
@@ -263,6 +271,7 @@ class KronDoubleBackward(Function):
             dims,
             alpha,
             present,
+            how,
             wanted,
             tensors,
         )
@@ -308,6 +317,7 @@ def _vmap_derivative(
     dims: Any,
     alpha: Any,
     present: int,
+    how: str,
     wanted: Any,
     tensors: Sequence[Any],
 ) -> Any:
@@ -315,13 +325,13 @@ def _vmap_derivative(
     count = len(alpha)
     fold = Fold(info.batch_size, dims)
     x = by_bit(in_bits, present, count, tensors)
-    d = by_bit(in_bits, present, count, in_dims[4:])
+    d = by_bit(in_bits, present, count, in_dims[5:])
     folded = {
         bit: [fold.operand(i, x[bit][i], d[bit][i], bit, share=False) for i in range(len(x[bit]))]
         for bit in in_bits
     }
     # The raw ops tell a shared scale by its single number, so tasks of one need four axes.
-    out = iter(call(function, fold.dims, alpha, (wanted,), folded))
+    out = iter(call(function, fold.dims, alpha, (how, wanted), folded))
     results = []
     for i, bits in enumerate(wanted):
         for bit in out_bits:

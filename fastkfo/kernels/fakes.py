@@ -52,7 +52,7 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _kron_forward(grads, left, right, bias, scale, params, dims, alpha):  # type: ignore[no-untyped-def]
+def _kron_forward(grads, left, right, bias, scale, params, dims, alpha, tf32=False):  # type: ignore[no-untyped-def]
     return [_empty(grad) for grad in grads]
 
 
@@ -67,14 +67,14 @@ def _wanted(
     ]
 
 
-def _kron_backward(cotangents, grads, left, right, bias, scale, dims, alpha, wanted):  # type: ignore[no-untyped-def]
+def _kron_backward(cotangents, grads, left, right, bias, scale, dims, alpha, wanted, tf32=False):  # type: ignore[no-untyped-def]
     groups = ((GRAD, grads), (LEFT, left), (RIGHT, right), (BIAS, bias), (SCALE, scale))
     return _wanted(wanted, groups)
 
 
 def _kron_double_backward(  # type: ignore[no-untyped-def]
     cotangents, grads, left, right, bias, scale,
-    d_grads, d_left, d_right, d_bias, d_scale, dims, alpha, wanted,
+    d_grads, d_left, d_right, d_bias, d_scale, dims, alpha, wanted, tf32=False,
 ):  # fmt: skip
     groups = ((GRAD, grads), (LEFT, left), (RIGHT, right), (BIAS, bias), (SCALE, scale))
     return _wanted(wanted, (*groups, (COTANGENT, cotangents)))
@@ -84,15 +84,15 @@ def _square(factor: Tensor) -> Tensor:
     return factor.new_empty((*factor.shape[:-2], factor.shape[-1], factor.shape[-1]))
 
 
-def _gram(factors):  # type: ignore[no-untyped-def]
+def _gram(factors, tf32=False):  # type: ignore[no-untyped-def]
     return [_square(factor) for factor in factors]
 
 
-def _gram_vjp(factors, cotangents):  # type: ignore[no-untyped-def]
+def _gram_vjp(factors, cotangents, tf32=False):  # type: ignore[no-untyped-def]
     return [_empty(factor) for factor in factors]
 
 
-def _gram_jvp(factors, tangents):  # type: ignore[no-untyped-def]
+def _gram_jvp(factors, tangents, tf32=False):  # type: ignore[no-untyped-def]
     return [_square(factor) for factor in factors]
 
 

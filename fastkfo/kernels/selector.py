@@ -15,10 +15,12 @@ class ImplementationUnavailable(RuntimeError):
     """An implementation was asked for by name and is not there."""
 
 
-# Ops that have CUDA kernels.
-ON_CUDA = ("inner_loop",)
-# Ops that have Triton kernels; on CUDA "auto" takes them (bench/NOTES.md has what was measured).
-IN_TRITON = ("layers",)
+# Ops that have CUDA kernels, and ops that have Triton kernels; "auto" takes them on CUDA, native
+# ones first (bench/NOTES.md has what was measured).
+ON_CUDA = ("inner_loop", "kron")
+IN_TRITON = ("layers", "kron")
+# Those whose kernels no record compares yet: "auto" leaves them to PyTorch on CUDA.
+NOT_MEASURED = ("kron",)
 
 _chosen: dict[tuple[str, str, str], str] = {}
 
@@ -27,8 +29,9 @@ def select(implementation: str, device: torch.device, op: str = "") -> str:
     """The implementation to run: "native", "triton" or "reference".
 
     "auto" follows the environment variable `FASTKFO_IMPLEMENTATION`, which is read once, and
-    otherwise takes the fastest that is there. A name never degrades to another; only in the
-    variable, "triton" is for those ops that have such kernels.
+    otherwise takes the fastest that is there. The variable is a name, or has names for some ops:
+    "kron=native,layers=triton". A name never degrades to another; only in the variable, a lone
+    "triton" is for those ops that have such kernels.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`.
@@ -57,14 +60,14 @@ def reset() -> None:
 def _select(implementation: str, device: str, op: str) -> str:
     name = "implementation"
     if implementation == "auto":
-        implementation = os.environ.get("FASTKFO_IMPLEMENTATION") or "auto"
+        implementation = _of_the_process(op)
         name = "FASTKFO_IMPLEMENTATION"
-        if implementation == "triton" and op not in IN_TRITON:
-            implementation = "auto"  # a process cannot have all ops in Triton
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     why = unavailable("native", device, op)
     if implementation == "auto":
+        if device == "cuda" and op in NOT_MEASURED:
+            return "reference"
         if device == "cuda" and op in IN_TRITON and not unavailable("triton", device, op):
             return "triton"
         return "reference" if why else "native"
@@ -73,6 +76,23 @@ def _select(implementation: str, device: str, op: str) -> str:
     if why:
         raise ImplementationUnavailable(f"{name}={implementation!r} on {device}: {why}")
     return implementation
+
+
+def _of_the_process(op: str) -> str:
+    """What the environment variable names for an op, or "auto"."""
+    said = os.environ.get("FASTKFO_IMPLEMENTATION") or "auto"
+    if "=" in said:
+        pairs = [part.partition("=") for part in said.split(",")]
+        unknown = {own.strip() for own, _, _ in pairs} - {*ON_CUDA, *IN_TRITON}
+        if unknown:
+            raise ValueError(
+                f"FASTKFO_IMPLEMENTATION: expected ops among {sorted({*ON_CUDA, *IN_TRITON})}, "
+                f"got {sorted(unknown)}"
+            )
+        return {own.strip(): name.strip() for own, _, name in pairs}.get(op, "auto")
+    if said == "triton" and op not in IN_TRITON:
+        return "auto"  # a process cannot have all ops in Triton
+    return said
 
 
 # torch.compile takes its result for a constant and does not trace into loading a library. This is

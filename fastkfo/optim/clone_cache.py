@@ -13,6 +13,7 @@ from fastkfo.functional.function import apply
 from fastkfo.functional.gram import gram_unchecked
 from fastkfo.functional.kron_autograd import KronForward
 from fastkfo.functional.kron_layout import BIAS, GRAD, LEFT, PARAM, RIGHT
+from fastkfo.kernels.kron import is_large
 from fastkfo.kernels.selector import select
 from fastkfo.optim.recognise import HOOKS, KroneckerPart, global_hooks, kind_of, kronecker_part
 
@@ -89,7 +90,9 @@ class KroneckerStep:
             parts.append(part)
         if len(by_dtype_and_device(grads)) > 1:
             return None
-        if select("auto", grads[0].device) != "native":
+        if select("auto", grads[0].device, "kron") != "native":
+            return None
+        if grads[0].device.type != "cpu" and any([is_large(*part.dims[2:]) for part in parts]):
             return None
         return KroneckerStep(transforms, grads, parts, lr, cache)
 
@@ -151,6 +154,5 @@ class KroneckerStep:
 
     def take(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Tensor]:
         """The updated parameters."""
-        return list(
-            apply(KronForward, self.dims, self.alpha, self.present, *params, *grads, *self.operands)
-        )
+        call = (self.dims, self.alpha, self.present, "native")
+        return list(apply(KronForward, *call, *params, *grads, *self.operands))

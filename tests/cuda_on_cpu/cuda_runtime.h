@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -23,7 +24,7 @@
 #define __shared__
 #define __noinline__ __attribute__((noinline))
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes)
 
@@ -34,7 +35,7 @@ struct dim3 {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr size_t kSharedBytes = 232448;  // of an H100's block
-namespace fastkfo::inner_loop::device {
+namespace fastkfo::cuda {
 alignas(16) inline unsigned char shared_memory[kSharedBytes];
 }
 
@@ -105,7 +106,7 @@ class Block {
   int now_ = 0;
 
   static std::vector<std::unique_ptr<char[]>>& stacks() {
-    static std::vector<std::unique_ptr<char[]>> all(64);
+    static std::vector<std::unique_ptr<char[]>> all(256);
     return all;
   }
   static void enter() {
@@ -115,7 +116,11 @@ class Block {
   }
 
  public:
-  std::vector<double> lanes;  // what a shuffle exchanges
+  struct Lane {  // what the threads of a warp exchange
+    double value;
+    uint32_t a[4], b[2];
+  };
+  std::vector<Lane> lanes;
 };
 
 inline void __syncthreads() { Block::running()->wait(); }
@@ -125,32 +130,68 @@ template <class S>
 S __shfl_down_sync(unsigned, S value, int by) {
   Block& block = *Block::running();
   const size_t t = threadIdx.x;
-  block.lanes[t] = value;
+  block.lanes[t].value = value;
   block.wait();
-  const S other = t % 32 + by < 32 ? S(block.lanes[t + by]) : value;
+  const S other = t % 32 + by < 32 ? S(block.lanes[t + by].value) : value;
   block.wait();
   return other;
 }
 
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+
+namespace fastkfo::cuda {
+
+inline uint32_t as_tf32(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  return (bits + 0x1000) & 0xffffe000;
+}
+
+// csrc/cuda/tensor_cores.cuh says which lane has what.
+inline void multiply_tf32(float* c, const uint32_t* a, const uint32_t* b) {
+  Block& block = *Block::running();
+  const size_t t = threadIdx.x, warp = t / 32 * 32, lane = t % 32;
+  memcpy(block.lanes[t].a, a, sizeof(Block::Lane::a));
+  memcpy(block.lanes[t].b, b, sizeof(Block::Lane::b));
+  block.wait();
+  const auto number = [](uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+  };
+  for (size_t k = 0; k < 4; ++k) {
+    const size_t row = lane / 4, column = lane % 4 * 2 + k % 2;
+    for (size_t i = 0; i < 8; ++i)
+      c[k] += number(block.lanes[warp + row * 4 + i % 4].a[i / 4 * 2 + k / 2]) *
+              number(block.lanes[warp + column * 4 + i % 4].b[i / 4]);
+  }
+  block.wait();
+}
+
+}  // namespace fastkfo::cuda
+
 template <class F>
 void run_on_cpu(dim3 grid, int threads, int64_t shared, const F& body) {
-  const int fewer = threads < 64 ? threads : 64;
   STD_TORCH_CHECK(shared <= static_cast<int64_t>(kSharedBytes), "more shared memory than there is");
   gridDim = grid;
-  blockDim = dim3(fewer);
+  blockDim = dim3(threads);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y, 0);
-      memset(fastkfo::inner_loop::device::shared_memory, 0xff, kSharedBytes);
-      Block(fewer, body);
+      memset(fastkfo::cuda::shared_memory, 0xff, kSharedBytes);
+      Block(threads, body);
     }
 }
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  if (which == cudaDevAttrMultiProcessorCount) {
+    *value = 1;  // few blocks, each with many units
+    return cudaSuccess;
+  }
   const char* limit = getenv("FASTKFO_SHARED_MEMORY");
   *value = limit ? atoi(limit) : static_cast<int>(kSharedBytes);
   return cudaSuccess;

@@ -6,7 +6,7 @@
 
 #include "common.h"
 
-namespace fastkfo::cpu {
+namespace fastkfo {
 
 template <size_t RANK>
 using Strides = std::array<int64_t, RANK>;
@@ -71,4 +71,4 @@ Operand<T, RANK> operand(MaybeTensors& tensors, int64_t item, const Strides<RANK
   return operand<T>(*tensors[item], shape, name, item);
 }
 
-}  // namespace fastkfo::cpu
+}  // namespace fastkfo
