@@ -172,7 +172,7 @@ wanted() {
 row() {
   local peers=(--method kfo --peer fastkfo --peer inner_loop --peer vmap)
   case $1 in
-    small) table 150 1 small "${peers[@]}" --peer jax --workload anil-head --workload sine-mlp ;;
+    small) table 200 2 small "${peers[@]}" --peer jax --workload anil-head --workload sine-mlp ;;
     fc) table 110 0.8 fc "${peers[@]}" --workload omniglot-fc ;;
     omniglot) table 150 1.2 omniglot "${peers[@]}" --workload omniglot-cnn --tasks 32 ;;
     cifarfs) table 110 1 cifarfs "${peers[@]}" --workload cifarfs-cnn-2 --tasks 16 ;;

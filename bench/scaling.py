@@ -93,12 +93,14 @@ def values_of(axis: str, device: str) -> tuple[tuple[float, ...], int]:
 
 
 def linear_from(points: Sequence[tuple[float, float]]) -> float | None:
-    """The first x from which on y grows in proportion, from each point to the next; or None."""
+    """The first x from which on y grows in proportion, three points at least; or None."""
     found = None
-    for (x, y), (after_x, after_y) in zip(reversed(points[:-1]), reversed(points[1:]), strict=True):
+    for k in range(len(points) - 2, -1, -1):
+        (x, y), (after_x, after_y) = points[k : k + 2]
         if math.log(after_y / y) < LINEAR * math.log(after_x / x):
             break
-        found = x
+        if k <= len(points) - 3:
+            found = x
     return found
 
 

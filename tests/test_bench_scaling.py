@@ -127,6 +127,7 @@ def test_linear_from():
     assert scaling.linear_from(flat_then_linear) == 64
     assert scaling.linear_from([(x, x**0.5) for x in (1, 4, 16)]) is None
     assert scaling.linear_from([(x, x) for x in (1, 4, 16)]) == 1
+    assert scaling.linear_from([(1, 1.0), (2, 1.0), (4, 2.0)]) is None  # two points are noise
     assert scaling.linear_from([(1, 1.0)]) is None
     assert (
         "linear from 64"
