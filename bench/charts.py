@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from bench.peers import NAMES
 from bench.scaling import wrong
 
-COLOURS = {name: f"C{k}" for k, name in enumerate(NAMES)}
+COLOURS = {name: f"C{k}" if k < 10 else "0.3" for k, name in enumerate(NAMES)}  # C10 is C0
 DRAWN = ("ok", "wrong")
 
 

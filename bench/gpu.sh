@@ -3,16 +3,24 @@
 #
 # Builds fastkfo for the system's python, runs the GPU tests and the CPU suite, then, if both pass,
 # the benchmarks; packs the records into OUT/records.tar.gz. The archive is renewed after every step,
-# so that a run cut short leaves what it had. Exits with the first failure's status.
+# so that a run cut short leaves what it had. Exits with the first failure's status. Every step ends
+# when the time of all is over, every benchmark at a limit of its own; what then has no time left is
+# said, and can be run alone.
 #
 #   PYTHON                python3
 #   TORCH_CUDA_ARCH_LIST  9.0a
-#   STEPS                 gpu cpu sanitize bench    which of the tests and benchmarks
-#   LIMIT_S               530               seconds for all: benchmarks get what is left, and stop there
+#   STEPS                 gpu cpu sanitize bench    also: kernels launches sweeps
+#   ROWS                  small fc omniglot cifarfs miniimagenet    of bench; also: compile
+#   SWEEPS                tasks:sine-mlp tasks:anil-head tasks:omniglot-cnn steps:sine-mlp
+#                         steps:omniglot-cnn    AXIS:WORKLOAD each
+#   OPS                   of kernels: options of `python -m bench.kernels` beside --device cuda
+#   TOOLS                 memcheck racecheck synccheck initcheck    of sanitize
+#   LIMIT_S               530               seconds for all
 #   WORKERS               0                 processes of pytest, where pytest-xdist is there
 #   PREBUILT              0                 1: the libraries that lie in fastkfo/, nothing is built
-#   BENCH_ARGS            options of `fastkfo bench` beside --device cuda
+#   BENCH_ARGS            options of `fastkfo bench` beside --device cuda, instead of ROWS
 #   LEARN2LEARN_SRC       an unpacked learn2learn 0.2.0 (default: .cache/learn2learn-0.2.0 if there)
+# shellcheck disable=SC2329 # functions are called by `step`
 set -uo pipefail
 
 [ $# -eq 1 ] || { echo "usage: bench/gpu.sh OUT" >&2; exit 2; }
@@ -29,9 +37,24 @@ fi
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+
+# known WHAT GIVEN NAMES: a misspelt one would be left out, and the run would pass.
+known() {
+  local one
+  for one in $2; do
+    [[ " $3 " == *" $one "* ]] || { echo "$1: expected some of $3, got $one" >&2; exit 2; }
+  done
+}
+
 records=$scratch/records
 steps=${STEPS:-gpu cpu sanitize bench}
+rows=${ROWS:-small fc omniglot cifarfs miniimagenet}
+sweeps=${SWEEPS:-tasks:sine-mlp tasks:anil-head tasks:omniglot-cnn steps:sine-mlp steps:omniglot-cnn}
+tools=${TOOLS:-memcheck racecheck synccheck initcheck}
 limit=${LIMIT_S:-530}
+known STEPS "$steps" "gpu cpu sanitize bench kernels launches sweeps"
+known ROWS "$rows" "small fc omniglot cifarfs miniimagenet compile"
+known TOOLS "$tools" "memcheck racecheck synccheck initcheck"
 mkdir "$records"
 touch "$scratch/start"
 status=0
@@ -80,39 +103,62 @@ install() {
     "$python" -c 'import fastkfo; print(fastkfo.backends())'
 }
 
+# bounded MOST COMMAND...: ends after so many seconds, and when the time of all is over. An
+# interrupted benchmark leaves the rows that it finished.
+bounded() {
+  local most=$1 left=$((limit - SECONDS))
+  shift
+  if [ "$left" -lt 15 ]; then
+    echo "no time left: run it alone, by STEPS" >&2
+    return 124
+  fi
+  timeout --signal=INT --kill-after=20 $((left < most ? left : most)) "$@"
+}
+
 tests() {
   local name=$1
   shift
   local workers=()
   [ "${WORKERS:-0}" = 0 ] || workers=(-n "$WORKERS")
-  "$python" -m pytest --require-native --junitxml="$records/$name.xml" "${workers[@]}" "$@"
+  bounded 3600 "$python" -m pytest --require-native --junitxml="$records/$name.xml" \
+    "${workers[@]}" "$@"
 }
 
 # compute-sanitizer is slow: every kernel once or twice, all tools at a time. Where the machine has
 # none, that is said.
 sanitize() {
   command -v compute-sanitizer || return 1
-  local tool code=0
-  for tool in memcheck racecheck synccheck initcheck; do
-    checked "$tool" fastkfo tests/test_inner_loop_fused_gpu.py -k "test_options or test_every_model and 3" &
+  local tool job jobs=() code=0
+  for tool in $tools; do
+    checked "$tool" fastkfo tests/test_inner_loop_fused_gpu.py -k "$FUSED_SUBSET" &
+    # Rows that pad a tape are computed from whatever lies there: docs/gpu.md.
+    [ "$tool" = initcheck ] || jobs+=($!)
+    if [ -f tests/test_kron_gpu.py ]; then
+      checked "$tool" kron tests/test_kron_gpu.py &
+      jobs+=($!)
+    fi
+    if [ "$tool" = memcheck ] || [ "$tool" = racecheck ]; then
+      checked "$tool" _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
+      jobs+=($!)
+    fi
   done
-  checked memcheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
-  checked racecheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
-  for _ in 1 2 3 4 5 6; do
-    wait -n || code=$?
+  for job in "${jobs[@]}"; do
+    wait "$job" || code=$?
   done
+  wait
   return "$code"
 }
 
+FUSED_SUBSET="test_options or test_adapted or test_every_model and 3"
 TRITON_SUBSET="cuda and float32 and not large and not elements"
 
 # checked TOOL KERNELS TESTS...
 checked() {
   local tool=$1 kernels=$2
   shift 2
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    --kernel-name kernel_substring="$kernels" "$python" -m pytest -q -p no:cacheprovider "$@" \
-    >"$records/$tool-$kernels.log" 2>&1
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 bounded 3600 compute-sanitizer --tool "$tool" \
+    --error-exitcode 9 --kernel-name kernel_substring="$kernels" \
+    "$python" -m pytest -q -p no:cacheprovider "$@" >"$records/$tool-$kernels.log" 2>&1
   local code=$?
   echo "$tool $kernels: exit $code; $(grep 'ERROR SUMMARY' "$records/$tool-$kernels.log")"
   return "$code"
@@ -122,30 +168,56 @@ wanted() {
   [[ " $steps " == *" $1 "* ]]
 }
 
-# Interrupted at the limit, a run leaves its finished rows. Without BENCH_ARGS: the rows of docs/gpu.md,
-# a record each, the quickest first.
-benchmarks() {
-  if [ -n "${BENCH_ARGS:-}" ]; then
-    # shellcheck disable=SC2086 # BENCH_ARGS is words
-    timed 10 $BENCH_ARGS
-    return
-  fi
-  local peers=(--method kfo --peer fastkfo --peer inner_loop)
-  timed 0.6 "${peers[@]}" --peer vmap --name small --workload anil-head --workload sine-mlp &&
-    timed 1 "${peers[@]}" --name cifarfs --workload cifarfs-cnn-2 --tasks 16 &&
-    timed 1.2 "${peers[@]}" --name omniglot --workload omniglot-cnn --tasks 32 &&
-    timed 1 "${peers[@]}" --name miniimagenet --workload miniimagenet-cnn4
+# row NAME: one record beside learn2learn. No row of it is begun after its minutes.
+row() {
+  local peers=(--method kfo --peer fastkfo --peer inner_loop --peer vmap)
+  case $1 in
+    small) table 200 2 small "${peers[@]}" --peer jax --workload anil-head --workload sine-mlp ;;
+    fc) table 110 0.8 fc "${peers[@]}" --workload omniglot-fc ;;
+    omniglot) table 150 1.2 omniglot "${peers[@]}" --workload omniglot-cnn --tasks 32 ;;
+    cifarfs) table 110 1 cifarfs "${peers[@]}" --workload cifarfs-cnn-2 --tasks 16 ;;
+    miniimagenet) table 110 1 miniimagenet "${peers[@]}" --workload miniimagenet-cnn4 ;;
+    # Minutes of compiling, in both precisions.
+    compile) table 420 6 compile "${peers[@]}" --peer compile --workload anil-head \
+      --workload sine-mlp ;;
+  esac
 }
 
-# timed MINUTES ARGUMENTS...: no row is begun after the minutes, and nothing goes on after the limit.
-timed() {
-  local minutes=$1 left=$((limit - SECONDS))
-  shift
-  if [ "$left" -lt 30 ]; then
-    echo "no time left for benchmarks: run them alone, with STEPS=bench" >&2
-    return 1
+# table MOST MINUTES NAME ARGUMENTS...
+table() {
+  local most=$1 minutes=$2 name=$3
+  shift 3
+  bounded "$most" "$python" -m bench --device cuda --minutes "$minutes" --name "$name" "$@"
+}
+
+# sweep AXIS:WORKLOAD: how it scales, a record of its own.
+sweep() {
+  local axis=${1%%:*} workload=${1#*:} sizes=()
+  [ "$1" != steps:omniglot-cnn ] || sizes=(--tasks 32)
+  table 120 1.3 "scaling-$axis-$workload" --method kfo --peer inner_loop --peer inner_loop_adjoint \
+    --sweep "$axis" --workload "$workload" "${sizes[@]}"
+}
+
+kernels() {
+  # shellcheck disable=SC2086 # OPS is words
+  bounded 270 "$python" -m bench.kernels --device cuda --minutes 3.5 ${OPS:-}
+}
+
+launches() {
+  bounded 120 "$python" -m bench.launches --device cuda --minutes 1.2
+}
+
+benchmarks() {
+  local one
+  if wanted bench && [ -n "${BENCH_ARGS:-}" ]; then
+    # shellcheck disable=SC2086 # BENCH_ARGS is words
+    step bench bounded 3600 "$python" -m bench --device cuda --minutes 10 $BENCH_ARGS
+  elif wanted bench; then
+    for one in $rows; do step "bench-$one" row "$one"; done
   fi
-  timeout --signal=INT "$left" "$python" -m bench --device cuda --minutes "$minutes" "$@"
+  wanted kernels && step kernels kernels
+  wanted launches && step launches launches
+  wanted sweeps && for one in $sweeps; do step "sweep-${one/:/-}" sweep "$one"; done
 }
 
 # The benchmarks come last and only after green tests: no number without them.
@@ -155,7 +227,7 @@ if step cuda cuda_is_there; then
     wanted gpu && step gpu tests gpu -m gpu
     wanted cpu && step cpu tests cpu -m "not gpu and not slow" --hypothesis-profile=quick -q
     wanted sanitize && step sanitize sanitize
-    wanted bench && [ "$status" -eq 0 ] && step bench benchmarks
+    [ "$status" -eq 0 ] && benchmarks
   fi
 fi
 

@@ -24,6 +24,15 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
     return _cuda(run) if device == "cuda" else resident_growth(run)
 
 
+def give_back(device: str) -> None:
+    """Memory that nothing uses any more goes back to the device, graphs' too."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def resident_growth(run: Callable[[], Any]) -> int | None:
     """How far the resident set grows during a call; imports nothing but the standard library."""
     try:

@@ -41,7 +41,8 @@ TITLES = {
     "vmap": "`torch.func.vmap`",
     "compile": "`torch.compile(vmap)`",
 }
-OURS = ("fastkfo", "inner_loop")
+OURS = ("fastkfo", "inner_loop", "inner_loop_adjoint")
+KERNELS = ("native", "triton", "reference", "BLAS")
 
 
 def main() -> None:
@@ -125,6 +126,10 @@ def page(machine: str, records: dict[str, list[dict[str, Any]]]) -> str:
         if sweeps:
             parts.append(f"![{name}](../../../docs/images/{name}-{machine}.png)")
             parts.append(_sweeps(sweeps))
+        rows = [row for run in runs for row in run["rows"]]
+        for kind, table in (("op", _kernels), ("launched", _launches)):
+            if found := [row for row in rows if kind in row]:
+                parts.append(table(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,18 +169,62 @@ def _sweeps(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """Microseconds of each implementation, and how many times the floor that is."""
+    head = ["op", "operands", "part", "floor, us", *(f"{name}, us (x floor)" for name in KERNELS)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        entries = [row["implementations"].get(name) for name in KERNELS]
+        what = [f"`{row['op']}`", row["case"], row["part"], number(row["floor_us"])]
+        lines.append(_line([*what, *map(_kernel, entries)]))
+    return "\n".join(lines)
+
+
+def _kernel(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    if "us" not in entry:
+        return str(entry["status"])
+    how = "" if entry["how"] in ("graph", "wall") else f", by {entry['how']}"
+    return f"{number(entry['us'])} ({number(entry['times_floor'])}{how})"
+
+
+def _launches(rows: list[dict[str, Any]]) -> str:
+    """Operations of one meta-gradient, and what a graph's node takes."""
+    head = ["workload", "method", "eager: operations, ms", "replaying: operations, ms",
+            "graph: nodes, ms", "us per node", "ms in kernels"]  # fmt: skip
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [row["why"] or ""] + [""] * 4
+        if row["launched"]:
+            pairs = [row["launched"][name] for name in ("eager", "replaying")]
+            cells[:2] = [f"{count(p['operations'])}, {number(p['median_ms'])}" for p in pairs]
+        if graph := row["graph"]:
+            cells[2] = f"{count(graph['nodes'])}, {number(graph['ms'])}"
+            cells[3:] = [number(graph["us_per_node"]), number(graph["busy_ms"])]
+        lines.append(_line([*_what(row), *cells]))
+    return "\n".join(lines)
+
+
 def made_with(runs: list[dict[str, Any]]) -> str:
     """Machine, versions, commit and ceilings, in a sentence."""
-    e, c = runs[-1]["environment"], runs[-1]["ceilings"]
+    e = runs[-1]["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if k in ("torch", "jax"))
-    gemm = c["gemm"]["float32"]
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
     many = f"{len(runs)} runs" if len(runs) > 1 else "One run"
     return (
-        f"{many} on {e['gpu'] or e['cpu']}, {e['threads']} threads. Ceilings of the last: "
-        f"{number(gemm['gflops'])} GFLOP/s in float32 ({gemm['best']}), "
-        f"{number(c['copy']['gb_per_s'])} GB/s. Python {e['python']}, {versions}, "
-        f"commit {commits}, {e['date']}."
+        f"{many} on {e['gpu'] or e['cpu']}, {e['threads']} threads.{_ceilings(runs[-1])} "
+        f"Python {e['python']}, {versions}, commit {commits}, {e['date']}."
+    )
+
+
+def _ceilings(run: dict[str, Any]) -> str:
+    if "ceilings" not in run:
+        return ""
+    gemm, copy = run["ceilings"]["gemm"]["float32"], run["ceilings"]["copy"]
+    return (
+        f" Ceilings of the last: {number(gemm['gflops'])} GFLOP/s in float32 ({gemm['best']}), "
+        f"{number(copy['gb_per_s'])} GB/s."
     )
 
 

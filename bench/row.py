@@ -17,7 +17,7 @@ from bench.problem import Gradient, Problem
 
 Tell = Callable[[str], None]
 Entries = dict[str, dict[str, Any]]
-REPLAYED_BELOW_S = 0.02
+REPLAYED_BELOW_S = 0.1
 
 
 def read(
@@ -143,7 +143,8 @@ def failure(error: Exception) -> dict[str, Any]:
         torch.OutOfMemoryError: "out of memory",
     }.get(type(error), "failed")
     text = (str(error).strip() or "no message").splitlines()[0]
-    if "RESOURCE_EXHAUSTED" in text:  # XLA's word for it, out of the worker
+    # XLA's word for it, out of the worker; and what a failed recording tells of PyTorch's.
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text:
         status = "out of memory"
     return {"status": status, "why": f"{type(error).__name__}: {text}"[:200]}
 
@@ -168,13 +169,17 @@ def compare(
 
     rounds = measure.rounds_for(seconds, sum(once(name) for name in list(ready)), most)
     others = clock.Elsewhere([p.pid for p in ready.values() if p.pid is not None])
+    recorded = {name: prepared.recordings() for name, prepared in ready.items()}
     samples = measure.interleaved({n: lambda n=n: once(n) for n in ready}, rounds)
     busy = others.cores()
-    for name in ready:  # those that are left
+    for name, prepared in ready.items():  # those that are left
         entries[name] |= {"samples_s": samples[name], **measure.times(samples[name])}
+        meanwhile = prepared.recordings() - recorded[name]
+        entries[name]["recorded_meanwhile"] = meanwhile
         if entries[name]["status"] == "ok" and _is_baseline(entries.get(ORACLE)):
             found = measure.speedup(samples[name], samples[ORACLE])
             found["unstable"] |= busy is not None and busy > measure.BUSY_CORES
+            found["unstable"] |= meanwhile > 0
             entries[name]["speedup"] = found
     return {"rounds": rounds, "busy_elsewhere": busy}
 

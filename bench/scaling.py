@@ -14,13 +14,15 @@ import torch
 from rich.table import Table
 
 from bench import memory
-from bench.peers import peer
+from bench.peers import ORACLE, peer
 from bench.peers.base import Prepared
 from bench.problem import Problem
 from bench.row import Oracle, Tell, admit, compare, failure, guarded
 from bench.table import mebibytes, number
 
 ROUNDS = 5
+FEW_ROUNDS = 3  # where one takes longer than LONG_ROUND_S
+LONG_ROUND_S = 1.0
 # The axis, its values (widths as multiples of the workload's), and the power of it by which time
 # and memory are expected to grow at most.
 AXES: dict[str, tuple[tuple[float, ...], int]] = {
@@ -28,8 +30,17 @@ AXES: dict[str, tuple[tuple[float, ...], int]] = {
     "steps": ((1, 2, 3, 5, 10, 20), 1),
     "width": ((0.25, 0.5, 1, 2, 4), 2),
 }
-LONGEST_S = 15.0  # one call; a peer that would take longer is stopped
-GATE_S = 4.0  # an oracle that takes longer is not run: points from there on are not gated
+# A GPU runs more tasks at a time than a CPU has caches for, and is lent by the minute.
+ON_CUDA: dict[str, tuple[float, ...]] = {
+    "tasks": (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "steps": (1, 2, 5, 10, 20, 50),
+}
+LONGEST_S = {"cpu": 15.0, "cuda": 4.0}  # one call; a peer that would take longer is stopped
+# learn2learn's loop on a GPU: a few points show that it grows as T.
+LONGEST_BASELINE_S = {"cpu": 15.0, "cuda": 0.7}
+# An oracle that takes longer is not run: points from there on are not gated.
+GATE_S = {"cpu": 4.0, "cuda": 3.0}
+LINEAR = 0.9  # a slope from which time counts as growing in proportion
 SHARE_OF_MEMORY = 0.8
 
 
@@ -48,7 +59,7 @@ def read(
     Yields:
         The row of a record after every point: per peer its points, its slope, why it ended.
     """
-    values, power = AXES[axis]
+    values, power = values_of(axis, problem.device)
     unit = problem.width if axis == "width" else 1
     found: dict[str, dict[str, Any]] = {n: {"points": [], "stopped": None} for n in names}
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -62,16 +73,35 @@ def read(
         here = replace(problem, **{axis: x})
         tell(f"{here.label}: {', '.join(n for n in names if not found[n]['stopped'])}")
         begin = time.monotonic()
-        affordable = oracle_s * (x / last_x) ** power < GATE_S
+        affordable = oracle_s * (x / last_x) ** power < GATE_S[problem.device]
         oracle = _oracle(here) if affordable else None
         oracle_s, last_x = time.monotonic() - begin if oracle else math.inf, x
         _point(here, x, power, oracle, found)
         for entry in found.values():
-            entry["slope"] = slope([(p["x"], p["median_ms"]) for p in entry["points"]])
+            times = [(p["x"], p["median_ms"]) for p in entry["points"]]
+            entry["slope"], entry["linear_from"] = slope(times), linear_from(times)
         yield row
         if all(entry["stopped"] for entry in found.values()):
             break
     yield row
+
+
+def values_of(axis: str, device: str) -> tuple[tuple[float, ...], int]:
+    """An axis' values on a device, and its power."""
+    values, power = AXES[axis]
+    return (ON_CUDA.get(axis, values) if device == "cuda" else values), power
+
+
+def linear_from(points: Sequence[tuple[float, float]]) -> float | None:
+    """The first x from which on y grows in proportion, three points at least; or None."""
+    found = None
+    for k in range(len(points) - 2, -1, -1):
+        (x, y), (after_x, after_y) = points[k : k + 2]
+        if math.log(after_y / y) < LINEAR * math.log(after_x / x):
+            break
+        if k <= len(points) - 3:
+            found = x
+    return found
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -91,12 +121,14 @@ def _point(
     try:
         for name, peer_found in found.items():
             if peer_found["stopped"] is None:
-                peer_found["stopped"] = _too_much(peer_found["points"], x, power, problem.device)
+                peer_found["stopped"] = _too_much(
+                    peer_found["points"], x, power, problem.device, longest(name, problem.device)
+                )
             if peer_found["stopped"] is None:
                 entries[name], prepared = _made_ready(name, problem, oracle)
                 if prepared is not None:
                     ready[name] = prepared
-        compare(entries, ready, 0.0, most=ROUNDS)
+        compare(entries, ready, 0.0, most=_rounds([found[name]["points"] for name in ready]))
         for name, entry in entries.items():
             guarded(name, entries, ready, partial(_read_peak, entry=entry))
             if name in ready:
@@ -106,6 +138,8 @@ def _point(
     finally:
         for prepared in ready.values():
             prepared.close()
+        ready.clear()
+        memory.give_back(problem.device)
 
 
 def _read_peak(prepared: Prepared, entry: dict[str, Any]) -> None:
@@ -139,13 +173,26 @@ def wrong(entry: dict[str, Any]) -> str | None:
     return next((p["why"] for p in entry["points"] if p["status"] == "wrong"), None)
 
 
-def _too_much(points: list[dict[str, Any]], x: int, power: int, device: str) -> str | None:
+def _rounds(points: list[list[dict[str, Any]]]) -> int:
+    """How many rounds, by what the last point took."""
+    last_ms = sum(own[-1]["median_ms"] for own in points if own)
+    return ROUNDS if last_ms < 1e3 * LONG_ROUND_S else FEW_ROUNDS
+
+
+def longest(name: str, device: str) -> float:
+    """How many seconds one call of a peer may take."""
+    return (LONGEST_BASELINE_S if name == ORACLE else LONGEST_S)[device]
+
+
+def _too_much(
+    points: list[dict[str, Any]], x: int, power: int, device: str, longest_s: float
+) -> str | None:
     """Why the next point is not tried, told from the last one."""
     if not points:
         return None
     last = points[-1]
     growth = (x / last["x"]) ** power
-    if last["median_ms"] * growth > 1e3 * LONGEST_S:
+    if last["median_ms"] * growth > 1e3 * longest_s:
         return f"at {x} a call would take about {last['median_ms'] * growth / 1e3:.0f} s"
     needed = (last["peak_bytes"] or 0) * growth
     if device == "cpu" and needed > SHARE_OF_MEMORY * memory.available():
@@ -154,13 +201,15 @@ def _too_much(points: list[dict[str, Any]], x: int, power: int, device: str) -> 
 
 
 def cells(entry: dict[str, Any]) -> tuple[str, str, str]:
-    """One peer's points, slope and end, as text."""
+    """One peer's points, slope (and from where on it is one) and end, as text."""
     points = ", ".join(
         f"{p['x']}: {number(p['median_ms'])} ({mebibytes(p['peak_bytes'])})"
         for p in entry["points"]
     )
     end = "; ".join(filter(None, [wrong(entry), entry["stopped"]]))
-    return points, number(entry.get("slope")), end
+    first = entry.get("linear_from")
+    since = "" if first is None else f", linear from {first:g}"
+    return points, f"{number(entry.get('slope'))}{since}", end
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

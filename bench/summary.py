@@ -25,7 +25,7 @@ def merged(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[Key, list[dict[str, Any]]] = {}
     for run in runs:
         for row in run["rows"]:
-            if "axis" not in row:
+            if "peers" in row and "axis" not in row:  # no sweep, nor a kernel alone
                 rows.setdefault(_key(row), []).append(row)
     return [_problem(of_one) for of_one in rows.values()]
 

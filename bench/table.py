@@ -37,6 +37,8 @@ def remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
         if busy is not None and busy > BUSY_CORES:
             yield f"{what}: unstable, {busy:.1f} cores were busy with other work"
         for name, entry in row["peers"].items():
+            if entry.get("recorded_meanwhile"):
+                yield f"{what}, {name}: unstable, calls were recorded within the rounds"
             if entry["why"]:
                 said = "" if entry["status"] == "wrong" else f"{entry['status']}: "
                 yield f"{what}, {name}: {said}{entry['why']}"

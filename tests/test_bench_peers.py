@@ -45,7 +45,7 @@ def test_peers_equal_learn2learn(workload, method):
     problem = small(workload, method)
     oracle = gradient("learn2learn", problem)
     assert all(g.norm() > 0 for g in oracle.values())
-    for name in ("fastkfo", "inner_loop", "batched", "reference", "vmap"):
+    for name in ("fastkfo", "inner_loop", "inner_loop_adjoint", "batched", "reference", "vmap"):
         if peer(name).declines(problem):
             assert name == "batched"
             continue

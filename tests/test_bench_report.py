@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, summary, table
+from bench import kernel_cases, kernels, launches, machine, report, summary, table
 from bench.problem import Problem
 from bench.records import load
-from tests.bench_rows import made_up, made_up_runs
+from tests.bench_rows import RATES, made_up, made_up_runs
 
 pytestmark = pytest.mark.slow  # not once more on the reference: no kernel is called
 
@@ -83,3 +83,23 @@ def test_readme_is_what_the_records_say():
     inside = text.split(report.BEGIN)[1].split(report.END)[0].strip()
     quoting = list((ROOT / "bench/results").glob(f"*/{report.README}.json"))
     assert inside in [report.quoted(load(path)).strip() for path in quoting]
+
+
+def test_page_of_kernels_and_launches():
+    about = {"environment": machine.environment("cpu"), "complete": True}
+    case = kernel_cases.large(16)
+    kernel = kernels.read(case, RATES, "cpu", 0.0)
+    kernel["implementations"]["native"] |= {"us": 12.0, "times_floor": 4.0, "how": "events"}
+    launched = launches.read(Problem.named("anil-head", "kfo", tasks=2, steps=1, width=8))
+    launched["graph"] = launches.nodes([("mm", 1e-6)] * 4193, 16e-3)
+    failed = launched | {"why": "RuntimeError: no", "launched": {}, "graph": None}
+    records = {
+        "kernels": [{**about, "ceilings": RATES, "rows": [kernel]}],
+        "launches": [{**about, "rows": [launched, failed]}],
+    }
+    page = report.page("machine", records)
+    assert "| `large factors` | 16 x 16 | forward |" in page
+    assert "| 12.0 (4.00, by events) | missing |" in page
+    assert "4,193, 16.0 | 3.82 |" in page
+    assert "RuntimeError: no" in page
+    assert page.count("Ceilings of the last") == 1

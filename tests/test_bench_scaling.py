@@ -35,7 +35,7 @@ def swept(axis, names, method="maml", until=float("inf"), **sizes):
 
 
 def test_sweep(short, monkeypatch):
-    monkeypatch.setattr(scaling, "_too_much", lambda points, x, power, device: (
+    monkeypatch.setattr(scaling, "_too_much", lambda points, x, power, device, longest_s: (
         "would not fit" if x == 4 else None))  # fmt: skip
     found = swept("tasks", ["learn2learn", "torchopt", "vmap"], steps=1)[-1]
     vmap = found["peers"]["vmap"]
@@ -94,8 +94,42 @@ def test_sweep_ends_before_it_does_not_fit():
     def point(ms, size):
         return [{"x": 2, "median_ms": ms, "peak_bytes": size}]
 
-    assert scaling._too_much([], 4, 1, "cpu") is None
-    assert scaling._too_much(point(1.0, 1 << 20), 4, 1, "cpu") is None
-    assert "a call would take about 40 s" in scaling._too_much(point(2e4, 0), 4, 1, "cpu")
-    assert "GiB" in scaling._too_much(point(1.0, 1 << 50), 4, 1, "cpu")
-    assert scaling._too_much(point(1.0, 1 << 50), 4, 1, "cuda") is None
+    def why(points, device="cpu", longest_s=15.0):
+        return scaling._too_much(points, 4, 1, device, longest_s)
+
+    assert why([]) is None
+    assert why(point(1.0, 1 << 20)) is None
+    assert "a call would take about 40 s" in why(point(2e4, 0))
+    assert "a call would take about 4 s" in why(point(2e3, 0), longest_s=3.0)
+    assert "GiB" in why(point(1.0, 1 << 50))
+    assert why(point(1.0, 1 << 50), "cuda") is None
+
+
+def test_a_sweep_is_longer_on_a_gpu_and_its_calls_shorter():
+    for axis, most in (("tasks", 4096), ("steps", 50)):
+        assert max(scaling.values_of(axis, "cuda")[0]) == most
+        assert max(scaling.values_of(axis, "cpu")[0]) < most
+    assert scaling.values_of("width", "cuda") == scaling.AXES["width"]
+    assert scaling.longest("learn2learn", "cuda") < scaling.longest("inner_loop", "cuda")
+    assert scaling.longest("learn2learn", "cpu") == scaling.longest("inner_loop", "cpu")
+
+
+def test_rounds_are_few_where_they_are_long():
+    def points(ms):
+        return [{"median_ms": 1e6}, {"median_ms": ms}]
+
+    assert scaling._rounds([[], points(400.0), points(500.0)]) == scaling.ROUNDS
+    assert scaling._rounds([[], points(600.0), points(500.0)]) == scaling.FEW_ROUNDS
+
+
+def test_linear_from():
+    flat_then_linear = [(x, max(64, x) * 1.0) for x in (1, 4, 16, 64, 256, 1024)]
+    assert scaling.linear_from(flat_then_linear) == 64
+    assert scaling.linear_from([(x, x**0.5) for x in (1, 4, 16)]) is None
+    assert scaling.linear_from([(x, x) for x in (1, 4, 16)]) == 1
+    assert scaling.linear_from([(1, 1.0), (2, 1.0), (4, 2.0)]) is None  # two points are noise
+    assert scaling.linear_from([(1, 1.0)]) is None
+    assert (
+        "linear from 64"
+        in scaling.cells({"points": [], "stopped": None, "slope": 1.0, "linear_from": 64})[1]
+    )

@@ -70,6 +70,12 @@ def test_adapted_parameters():
     compare("two layers", "psd", adapted=True)
 
 
+@pytest.mark.parametrize("transform", ["psd", "factors", "left"])
+@pytest.mark.parametrize("model", ["head", "two layers", "sine"])
+def test_adapted_transform(model, transform):
+    compare(model, transform, adapt_transform=True)
+
+
 def test_bitwise_repeatable():
     c = case("sine", "psd", loss="mse", tasks=40, dtype=torch.float32, device="cuda")
     found = []

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # In the order of the tables. The first is the oracle, and what ratios are taken to.
 NAMES = (
     "learn2learn", "fastkfo", "inner_loop", "batched", "reference", "vmap", "jax", "compile",
-    "torchopt", "higher",
+    "torchopt", "higher", "inner_loop_adjoint",
 )  # fmt: skip
 BY_DEFAULT = ("learn2learn", "fastkfo", "inner_loop", "reference", "vmap", "jax")
 ORACLE = "learn2learn"

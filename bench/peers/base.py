@@ -34,6 +34,9 @@ class Prepared(Protocol):
     def launches(self) -> int | None:
         """Computes it once; how many dispatches (CPU) or kernel launches (CUDA) that was."""
 
+    def recordings(self) -> int:
+        """How many calls were recorded (as a CUDA graph) so far, instead of only run."""
+
     def close(self) -> None:
         """Gives back what is held."""
 
@@ -100,6 +103,9 @@ class InProcess:
     def launches(self) -> int | None:
         return dispatches.count(self._run, self._device)
 
+    def recordings(self) -> int:
+        return 0
+
     def close(self) -> None:
         self._release()
-        self._run = dict
+        self._run, self.capturable = dict, None

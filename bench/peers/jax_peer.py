@@ -89,6 +89,9 @@ class JaxPrepared:
     def launches(self) -> int | None:
         return self._ask("launches")
 
+    def recordings(self) -> int:
+        return 0  # XLA's own graphs are made in the worker's first calls
+
     def modules(self) -> list[str]:
         """What the worker has imported."""
         return self._ask("modules")

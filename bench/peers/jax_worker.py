@@ -26,6 +26,7 @@ from bench.memory import resident_growth
 State = dict[str, Array]
 Job = Mapping[str, Any]
 
+WARM_CALLS = 3  # on a GPU: XLA records its launches as graphs in the first calls
 NOT_EXECUTED = {"parameter", "constant", "tuple", "bitcast", "get-tuple-element"}
 
 
@@ -194,6 +195,8 @@ class Worker:
         begin = time.perf_counter()
         self._compiled = jax.jit(meta_gradient(job)).lower(*self._inputs).compile()
         self.compile_s = time.perf_counter() - begin
+        for _ in range(0 if self._device.platform == "cpu" else WARM_CALLS):
+            self._run()
 
     def gradient(self) -> dict[str, Any]:
         return jax.device_get(self._run())
