@@ -19,23 +19,22 @@ from fastkfo.kernels import selector
 
 NAMES = ("params", "grads", "left", "right", "bias", "scale")
 
-# Those that run somewhere on this machine: without the native library, the reference alone.
-IMPLEMENTATIONS = [
-    name
-    for name in ("native", "triton", "reference")
-    if any(
-        selector.unavailable(name, device) is None
-        for device in ("cpu", "cuda")
-        if device == "cpu" or torch.cuda.is_available()
-    )
-]
+
+def implementations(op: str = "") -> list[str]:
+    """Those of an op that run somewhere on this machine: without libraries, the reference alone."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    names = ("native", "triton", "reference")
+    return [x for x in names if any(selector.unavailable(x, d, op) is None for d in devices)]
+
+
+IMPLEMENTATIONS = implementations("kron")
 HAS_NATIVE = selector.unavailable("native", "cpu") is None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="needs the native library")
 
 
-def skip_unless_available(implementation: str, device: torch.device) -> None:
+def skip_unless_available(implementation: str, device: torch.device, op: str = "kron") -> None:
     """Skip a test whose implementation runs on this machine, but not on this device."""
-    why = selector.unavailable(implementation, device.type)
+    why = selector.unavailable(implementation, device.type, op)
     if why:
         pytest.skip(why)
 

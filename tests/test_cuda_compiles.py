@@ -32,7 +32,8 @@ def compiled():
 
     Two processes at a time: nvcc's own threads take turns.
     """
-    first, *others = build_flags.CUDA_ARCHITECTURES
+    cubins = [x for x in build_flags.CUDA_ARCHITECTURES if ",code=sm_" in x]  # and no PTX
+    first, *others = cubins
     rows = []
     for source in build_flags.cuda_sources(build_flags.csrc_folder()):
         with tempfile.TemporaryDirectory() as folder:

@@ -153,12 +153,27 @@ for op in (kron_transform, gram):
 
 def test_triton_from_the_environment_is_for_ops_that_have_it():
     code = """
-(u,) = kron_transform([x])
+fastkfo.functional.cross_entropy(x[None], torch.zeros(1, len(x), dtype=torch.long))
 images, pool = x[None, None, None], fastkfo.functional.max_pool2d
-message = raised(fastkfo.ImplementationUnavailable, pool, images, 1)
-assert "FASTKFO_IMPLEMENTATION='triton'" in message, message
+for op, operand in ((pool, (images, 1)), (kron_transform, ([x],))):
+    message = raised(fastkfo.ImplementationUnavailable, op, *operand)
+    assert "FASTKFO_IMPLEMENTATION='triton'" in message, message
 """
     python(code, FASTKFO_IMPLEMENTATION="triton", TRITON_INTERPRET="0")
+
+
+def test_the_environment_may_name_implementations_of_some_ops():
+    code = """
+fastkfo.functional.max_pool2d(x[None, None, None], 1)
+message = raised(fastkfo.ImplementationUnavailable, kron_transform, [x])
+assert "FASTKFO_IMPLEMENTATION='triton'" in message, message
+"""
+    python(code, FASTKFO_IMPLEMENTATION="kron=triton, layers=reference", TRITON_INTERPRET="0")
+    code = """
+message = raised(ValueError, kron_transform, [x])
+assert "expected ops among" in message and "'pool'" in message, message
+"""
+    python(code, FASTKFO_IMPLEMENTATION="pool=native")
 
 
 def test_an_argument_precedes_the_environment():
