@@ -96,14 +96,15 @@ sanitize() {
   for tool in memcheck racecheck synccheck initcheck; do
     checked "$tool" fastkfo tests/test_inner_loop_fused_gpu.py -k "test_options or test_every_model and 3" &
   done
-  checked memcheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
-  checked racecheck _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
+  checked memcheck _kernel "${TRITON_TESTS[@]}" -k "$TRITON_SUBSET" &
+  checked racecheck _kernel "${TRITON_TESTS[@]}" -k "$TRITON_SUBSET" &
   for _ in 1 2 3 4 5 6; do
     wait -n || code=$?
   done
   return "$code"
 }
 
+TRITON_TESTS=(tests/test_triton_{conv,norm,pool}.py)
 TRITON_SUBSET="cuda and float32 and not large and not elements"
 
 # checked TOOL KERNELS TESTS...
