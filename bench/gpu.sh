@@ -133,12 +133,10 @@ sanitize() {
     checked "$tool" fastkfo tests/test_inner_loop_fused_gpu.py -k "$FUSED_SUBSET" &
     # Rows that pad a tape are computed from whatever lies there: docs/gpu.md.
     [ "$tool" = initcheck ] || jobs+=($!)
-    if [ -f tests/test_kron_gpu.py ]; then
-      checked "$tool" kron tests/test_kron_gpu.py &
-      jobs+=($!)
-    fi
+    checked "$tool" kron tests/test_kron_gpu.py &
+    jobs+=($!)
     if [ "$tool" = memcheck ] || [ "$tool" = racecheck ]; then
-      checked "$tool" _kernel tests/test_triton_kernels.py -k "$TRITON_SUBSET" &
+      checked "$tool" _kernel "${TRITON_TESTS[@]}" -k "$TRITON_SUBSET" &
       jobs+=($!)
     fi
   done
@@ -150,6 +148,7 @@ sanitize() {
 }
 
 FUSED_SUBSET="test_options or test_adapted or test_every_model and 3"
+TRITON_TESTS=(tests/test_triton_{conv,norm,pool,kron}.py)
 TRITON_SUBSET="cuda and float32 and not large and not elements"
 
 # checked TOOL KERNELS TESTS...

@@ -1,9 +1,10 @@
-"""Triton kernels for batches of tasks: convolution, batch norm, pooling. Raw ops, no autograd.
+"""Triton kernels for batches of tasks: layers, the Kronecker update. Raw ops, no autograd.
 
-Tested on an H200; without a GPU, under Triton's interpreter, and compiled ahead of time for Ampere
-and Hopper. Everything is channels-last and contiguous, and T is the number of tasks: images
-`[T, N, H, W, C]`, convolution weights `[T, O, C/groups, kh, kw]`. float32, float16 and bfloat16 are
-accumulated in float32, float64 in float64; every op is deterministic.
+Convolution, batch norm and pooling were tested on an H200; all are under Triton's interpreter, and
+are compiled ahead of time for Ampere, Hopper and AMD's gfx942. T is the number of tasks. Layers are
+channels-last and contiguous: images `[T, N, H, W, C]`, convolution weights
+`[T, O, C/groups, kh, kw]`; operands of the Kronecker update may have any strides. float32, float16
+and bfloat16 are accumulated in float32, float64 in float64; every op is deterministic.
 
 Importing this package does not import Triton; using an op does.
 """
@@ -23,6 +24,12 @@ _MODULES = {
     "batch_norm": "norm",
     "batch_norm_backward": "norm",
     "batch_norm_double_backward": "norm",
+    "kron_forward": "kron",
+    "kron_backward": "kron",
+    "kron_double_backward": "kron",
+    "gram": "gram_products",
+    "gram_vjp": "gram_products",
+    "gram_jvp": "gram_products",
     "max_pool2d": "pool",
     "max_pool2d_scatter": "pool",
     "max_pool2d_gather": "pool",

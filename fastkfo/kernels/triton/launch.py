@@ -66,6 +66,7 @@ _CONV = {
         "double": _DOUBLE,
     },
 }
+_GRAM = Tile(32, 32, 32, 4, 2)
 # Elements of a tile of the kernels that take no products of matrices.
 _ELEMENTS = {"norm": 2048, "norm_double": 1024, "pool": 1024}
 
@@ -80,24 +81,39 @@ def in_kernel(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(dtype: torch.dtype) -> str:
+def platform() -> str:
+    """Whose GPUs kernels are compiled for: PyTorch's own.
+
+    The one place that asks; tests/triton_compile.py, which has no GPU, puts its answer here.
+
+    Returns:
+        "cuda" or "hip".
+    """
+    return "hip" if torch.version.hip else "cuda"
+
+
+def precision(dtype: torch.dtype, products: str = "conv") -> str:
     """tl.dot's input_precision.
 
     float32 is taken apart into two tf32 numbers on NVIDIA's tensor cores ("tf32x3": as exact as
-    float32 arithmetic, see docs/gpu.md); "tf32" only where PyTorch's switch for convolutions allows
-    it.
+    float32 arithmetic, see docs/gpu.md); "tf32" only where PyTorch's switch for such products
+    allows it. AMD's matrix cores multiply float32 itself.
 
     Args:
         dtype: of the operands.
+        products: "conv" or "matmul", which have switches of their own.
 
     Returns:
         "ieee", "tf32x3" or "tf32".
     """
-    if dtype != torch.float32 or os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if dtype != torch.float32 or interpreted or platform() == "hip":
         return "ieee"
-    # What torch.backends.cudnn.allow_tf32 sets; that itself raises if convolutions and RNNs differ.
-    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if switch == "tf32" else "tf32x3"
+    # What allow_tf32 sets of torch.backends.cudnn (which itself raises if convolutions and RNNs
+    # differ) and of torch.backends.cuda.matmul.
+    backends: Any = torch.backends
+    switch = backends.cudnn.conv if products == "conv" else backends.cuda.matmul
+    return "tf32" if switch.fp32_precision == "tf32" else "tf32x3"
 
 
 def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
@@ -106,12 +122,21 @@ def conv_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
         kind = "double"
     else:
         kind = precision(dtype) if dtype == torch.float32 else "half"
-    tile = _CONV[op][kind]
-    # tl.dot takes no side below 16.
+    return _within(_CONV[op][kind], rows, columns)
+
+
+def _within(tile: Tile, rows: int, columns: int) -> Tile:
+    """No larger than the result; tl.dot takes no side below 16."""
     return tile._replace(
         rows=min(tile.rows, max(16, triton.next_power_of_2(rows))),
         columns=min(tile.columns, max(16, triton.next_power_of_2(columns))),
     )
+
+
+def gram_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
+    """The tile of a product of factors `[rows, columns]`."""
+    tile = _GRAM._replace(depth=16) if dtype == torch.float64 else _GRAM
+    return _within(tile, rows, columns)
 
 
 def plain_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
@@ -121,7 +146,7 @@ def plain_tile(op: str, dtype: torch.dtype, rows: int, columns: int) -> Tile:
     return Tile(min(elements // width, triton.next_power_of_2(rows)), width, 1)
 
 
-def steps(length: int, parallel: int, block: int) -> tuple[int, int]:
+def steps(length: int, parallel: int, block: int, most: int | None = None) -> tuple[int, int]:
     """How a long sum is split among programs: `(tiles per program, programs)`.
 
     The number of tiles is a compile-time constant of the kernels (the interpreter needs that): a
@@ -132,12 +157,13 @@ def steps(length: int, parallel: int, block: int) -> tuple[int, int]:
         length: terms of the sum.
         parallel: programs that there are without a split.
         block: terms of a tile.
+        most: programs that may share it, by default 64; more where no partial results are added.
 
     Returns:
-        Tiles per program, and the number of programs that share the sum, at most 64.
+        Tiles per program, and the number of programs that share the sum.
     """
     tiles = triton.cdiv(length, block)
-    splits = min(tiles, _SPLITS, max(1, _PROGRAMS // max(1, parallel)))
+    splits = min(tiles, most or _SPLITS, max(1, _PROGRAMS // max(1, parallel)))
     each = triton.next_power_of_2(triton.cdiv(tiles, splits))
     return each, triton.cdiv(tiles, each)
 
@@ -177,6 +203,28 @@ def check_one_dtype(**operands: Tensor | None) -> None:
     for name, x in given.items():
         if x.dtype != dtype:
             raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+
+
+def check_operand(name: str, x: Tensor, like: Tensor) -> None:
+    """Refuse an operand of another dtype or device than a first one; its strides may be any.
+
+    Args:
+        name: of the operand.
+        x: the operand.
+        like: the first one.
+
+    Raises:
+        TypeError: the dtype.
+        ValueError: the device; or its memory was taken away.
+    """
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a dtype among {_DTYPES}, got {x.dtype}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected dtype {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
+    if x.numel() and not x.untyped_storage().nbytes():
+        raise ValueError(f"{name}: expected a tensor with memory, got an empty storage")
 
 
 def check_index(where: Tensor, like: Tensor) -> None:
