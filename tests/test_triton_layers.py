@@ -8,16 +8,25 @@ import pytest
 
 from fastkfo.kernels import triton
 
-CASES = "plain or groups or images_relu or max_pool2d-2 or avg_pool2d-2"
+LAYERS = "plain or groups or images_relu or max_pool2d-2 or avg_pool2d-2"
+KRON = "test_double_gradient or test_transform_value or test_value_and_gradients"
+KRON_CASES = "lrbs or tasks_all or psd_wide or contiguous-square"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not triton.available(), reason="needs triton")
-def test_values_and_derivatives():
-    """Those of tests/test_layers.py; on a GPU the same tests run without the interpreter."""
-    chosen = f"triton-cpu and value_and_derivatives and ({CASES})"
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["test_layers.py"], f"triton-cpu and value_and_derivatives and ({LAYERS})"),
+        (["test_kron.py", "test_gram.py"], f"triton and cpu and ({KRON}) and ({KRON_CASES})"),
+    ],
+    ids=["layers", "kron"],
+)
+def test_values_and_derivatives(files, chosen):
+    """Those of other files; on a GPU the same tests run without the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_layers.py", "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", *[f"tests/{x}" for x in files], "-k", chosen],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
