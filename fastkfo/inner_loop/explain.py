@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkfo.inner_loop.ambience import repeatable
 from fastkfo.inner_loop.buffers import Unbatchable
+from fastkfo.inner_loop.devices import check_devices
 from fastkfo.inner_loop.inner_loop import InnerLoop
 from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
@@ -61,6 +62,7 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
     """The explanation, line by line."""
     batches = [group.batch for group in grouped(given)] if isinstance(given.x_s, list) else [given]
     counts = [check_batch(batch) for batch in batches]
+    check_devices(inner_loop.settings(), batches)
     tasks = sum(counts)
     shapes = "" if len(batches) == 1 else f" in {len(batches)} groups of equal shapes"
     yield f"tasks: {tasks}{shapes}, {inner_loop.steps} steps"

@@ -1,4 +1,4 @@
-"""What surrounds a run: all or nothing, and outside of inference mode."""
+"""What surrounds a run: all or nothing, outside of inference mode; and what an error says."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def normal_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
