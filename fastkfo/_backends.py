@@ -39,7 +39,19 @@ class Backends(tuple[Backend, ...]):
             except (ValueError, RuntimeError) as error:
                 chosen = str(error)
             lines.append(f"auto on {device}: {chosen}")
+            if device == "cuda":
+                lines += [_of_cuda(op) for op in (*selector.ON_CUDA, *selector.IN_TRITON)]
         return "\n".join(lines)
+
+
+def _of_cuda(op: str) -> str:
+    """What is taken for an op that has kernels for CUDA, and why if it is none of these."""
+    try:
+        chosen = selector.select("auto", torch.device("cuda"), op)
+    except (ValueError, RuntimeError) as error:
+        return f"auto on cuda, {op}: {error}"
+    why = selector.why_reference("cuda", op)
+    return f"auto on cuda, {op}: {chosen}" + (f" ({why})" if why else "")
 
 
 def backends() -> Backends:

@@ -125,11 +125,18 @@ def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
             return
     yield f"model: {_WAYS[run.model.way]}"
     yield from _functions("model", run.model)
+    yield from _own_layers(device)
     if run.features is not None:
         yield _features(run.features.way == "each")
         yield from _functions("features", run.features)
     yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
     yield f"update: {_update(run, g)}"
+
+
+def _own_layers(device: torch.device) -> Iterator[str]:
+    why = selector.why_reference(str(device), "layers")
+    if why is not None:
+        yield f"  layers: PyTorch's own, since {why}"
 
 
 def _features(alone: bool) -> str:

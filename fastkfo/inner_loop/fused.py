@@ -69,7 +69,7 @@ class Fused:
             raise Unfusable("the parameters are not all float32 or all float64 on one device")
         self.device, self.dtype = devices.pop(), dtypes.pop()
         if selector.select("auto", self.device, "inner_loop") != "native":
-            why = selector.unavailable("native", self.device.type, "inner_loop")
+            why = selector.unavailable("native", str(self.device), "inner_loop")
             raise Unfusable(f"there is no kernel for {self.device.type}: {why or 'not chosen'}")
         self.features = self.model.layers[0].in_features
         self.classes = self.model.layers[-1].out_features
