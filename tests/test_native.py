@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkfo.kernels import native, selector
 from tests.cases import HAS_NATIVE, needs_native
 
 pytestmark = pytest.mark.slow  # not once more on the reference: each sets its own environment
@@ -79,7 +78,6 @@ def test_library_that_is_broken(tmp_path, content):
 
 def test_library_that_is_another(tmp_path):
     """A library that loads, but has none of our ops."""
-    import torch
 
     others = sorted(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.*"))
     if not others:
