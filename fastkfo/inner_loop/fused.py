@@ -161,7 +161,8 @@ class Fused:
         try:
             return run(spec, self.flat, *batch)
         except RuntimeError as error:
-            if "shared memory" in str(error):  # of a GPU: the model is too large for one block
+            # The model is too large for a GPU's block, or for what the kernels count.
+            if any([reason in str(error) for reason in ("shared memory", "fastkfo: too large")]):
                 raise Unfusable(str(error).splitlines()[0]) from error
             if "expected labels" not in str(error):
                 raise
