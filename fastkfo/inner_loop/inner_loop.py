@@ -358,7 +358,7 @@ class InnerLoop(nn.Module):
         """Tasks of any shapes, group by group; or one by one, in their order."""
         groups = [group._replace(batch=group.batch.normal()) for group in groups]
         indices = [t for group in groups for t in group.indices]
-        order = torch.tensor(indices).argsort()
+        order = sorted(range(len(indices)), key=indices.__getitem__)
         places = {t: (g.batch, k) for g in groups for k, t in enumerate(g.indices)}
         rows = [batch.rows(k, k + 1) for batch, k in (places[t] for t in range(len(places)))]
 
