@@ -39,7 +39,20 @@ class Backends(tuple[Backend, ...]):
             except (ValueError, RuntimeError) as error:
                 chosen = str(error)
             lines.append(f"auto on {device}: {chosen}")
+            if device == "cuda":
+                ops = dict.fromkeys([*selector.ON_CUDA, *selector.IN_TRITON])
+                lines += [_of_cuda(op) for op in ops]
         return "\n".join(lines)
+
+
+def _of_cuda(op: str) -> str:
+    """What is taken for an op that has kernels for CUDA, and why if it is none of these."""
+    try:
+        chosen = selector.select("auto", torch.device("cuda"), op)
+    except (ValueError, RuntimeError) as error:
+        return f"auto on cuda, {op}: {error}"
+    why = selector.why_reference("cuda", op)
+    return f"auto on cuda, {op}: {chosen}" + (f" ({why})" if why else "")
 
 
 def backends() -> Backends:

@@ -11,7 +11,7 @@ class Graph:
 
     made = 0
     recording = None  # True while something is recorded
-    buffers = ()  # what a body changes, and a recording must not
+    buffers = ()  # what a body changes, and a recording must not; nor random states
 
     def __init__(self, device, first=None):
         Graph.made += 1
@@ -23,7 +23,7 @@ class Graph:
         self.body, self.mode = body, torch.is_grad_enabled()
         Graph.recording = True
         try:
-            with kept(Graph.buffers):
+            with kept(Graph.buffers), torch.random.fork_rng([]):
                 return self._keep(body())
         finally:
             Graph.recording = None

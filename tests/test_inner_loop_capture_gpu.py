@@ -1,6 +1,8 @@
 """Recorded inner loops on a GPU: the numbers of the calls they stand for."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -123,27 +125,109 @@ def test_scaled_and_autocast():
         assert_close(b, a, tol=1e-3)
 
 
-def test_out_of_memory_leaves_it_usable():
-    loop = fastkfo.InnerLoop(
-        learner_of(fastkfo, "mlp", "kron-psd").cuda(), F.cross_entropy, 3, backend="batched"
-    )
-    loop.capture = True
-    x_s, y_s, x_q, y_q = tasks("mlp", 0)
-    many = [x.repeat(20000, *[1] * (x.dim() - 1)) for x in (x_s, y_s, x_q, y_q)]
-    for _ in range(EAGER_CALLS):
-        out, _ = step(loop, many)
-    want = out.loss.detach().clone()
+@contextmanager
+def no_more_memory():
+    """The allocator has what it has reserved, and gets no more: nothing for a graph's own."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1) / total)
     try:
-        with pytest.raises(RuntimeError, match="cannot be recorded: CUDA out of memory"):
-            loop(*many)
+        yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def many(k):
+    """A batch whose graphs take more than what is left over."""
+    return [x.repeat(20000, *[1] * (x.dim() - 1)) for x in tasks("mlp", k)]
+
+
+def test_out_of_memory_leaves_it_usable():
+    plain, loop = pair("mlp", backend="batched")
+    for k in range(CALLS):  # a recording that must go on
+        step(loop, tasks("mlp", k))
+    for k in range(EAGER_CALLS):
+        step(loop, many(k))
+    loop.zero_grad(set_to_none=True)
+    want, params = step(plain, many(0)), [p.detach().clone() for p in loop.parameters()]
+    state = torch.cuda.get_rng_state()
+    data = many(0)
+    with no_more_memory():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cannot be recorded: CUDA out of memory"):
+                loop(*data)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert all([p.grad is None for p in loop.parameters()])
+    for a, b in zip(loop.parameters(), params, strict=True):
+        assert torch.equal(a, b)
+    earlier, failed = loop.recorder._known.values()
+    assert (earlier.recording is None, failed.recording) == (False, None)
+    compare(step(plain, tasks("mlp", 9)), step(loop, tasks("mlp", 9)))
+    for _ in range(2):  # there is memory again: recorded, then replayed
+        compare(want, step(loop, data))
+    (recorded,) = [x for x in loop.recorder._known.values() if x is failed]
+    assert recorded.recording is not None
+
+
+def test_out_of_memory_is_told_once():
+    plain, loop = pair("mlp", backend="batched")
     loop.capture = "auto"
-    for _ in range(CALLS):
-        out, _ = step(loop, many)
-    assert_close(out.loss.detach(), want, tol=1e-12)
+    for k in range(EAGER_CALLS):
+        step(loop, many(k))
+    want, data = step(plain, many(0)), many(0)
+    real = loop.recorder._graph
+
+    def full(*arguments):
+        graph = real(*arguments)
+        record = graph.record
+
+        def fails(body):
+            def to_the_end():
+                body()
+                torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # no GPU has as much
+
+            return record(to_the_end)
+
+        graph.record = fails
+        return graph
+
+    loop.recorder._graph = full
+    with pytest.warns(UserWarning, match="without CUDA graphs: .* out of memory"):
+        compare(want, step(loop, data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(want, step(loop, data))
+    loop.recorder._graph = real
+    compare(step(plain, tasks("mlp", 3)), step(loop, tasks("mlp", 3)))
+
+
+def test_a_step_of_ones_own_without_memory():
+    weight = torch.ones(4, device="cuda", requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    out_of_memory = []
+
+    def run(x):
+        weight.grad.zero_()
+        loss = (x * weight).square().sum() * torch.rand((), device="cuda")
+        loss.backward()
+        if out_of_memory:
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return loss
+
+    x = torch.arange(4.0, device="cuda")
+    replay = fastkfo.capture(run, [x])
+    for _ in range(EAGER_CALLS):
+        replay(x)
+    before, state = weight.grad.clone(), torch.cuda.get_rng_state()
+    out_of_memory.append(True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the step cannot be recorded: CUDA out"):
+            replay(x)
+        assert torch.equal(weight.grad, before)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+    out_of_memory.clear()
+    for k in range(1, 4):
+        loss = replay(k * x)
+        torch.testing.assert_close(weight.grad, 2 * loss * x**2 * k**2 / (x * k).square().sum())
 
 
 def test_a_step_of_ones_own():

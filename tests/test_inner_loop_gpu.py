@@ -1,12 +1,14 @@
 """InnerLoop on a GPU: the numbers of the CPU, and no synchronisation."""
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastkfo
+from tests import fake_gpu
 from tests.batches import NEEDS, batch
 from tests.models import assert_close, learner_of
 from tests.test_inner_loop import PATHS
@@ -39,17 +41,36 @@ def test_equals_the_cpu(name, adapt, path):
         assert_close(a, b, floor=1e-4 * total, tol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_nothing_synchronises(name):
-    ours = learner_of(fastkfo, name, "kron-psd").cuda()
-    loop = fastkfo.InnerLoop(ours, F.cross_entropy, 3)
-    data = [x.cuda() for x in batch(name, 5)]
-    loop(*data).loss.sum().backward()  # libraries are loaded
+@contextmanager
+def cuda_watches():
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loop(*data).loss.sum().backward()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", [x for x in fake_gpu.CASES if x not in fake_gpu.WAITS])
+def test_nothing_synchronises(name, monkeypatch):
+    case = fake_gpu.CASES[name]
+    with fake_gpu.GPU:
+        for watched in (nullcontext, cuda_watches):  # libraries are loaded, kernels compiled
+            monkeypatch.setattr(fake_gpu, "watched", watched)
+            torch.manual_seed(0)
+            try:
+                case()
+            except ValueError as error:
+                if not any([x in str(error) for x in ("shared memory", "no kernel for cuda")]):
+                    raise
+                pytest.skip(str(error).splitlines()[0])
+
+
+@pytest.mark.parametrize("name", fake_gpu.WAITS)
+def test_who_synchronises_is_seen(name, monkeypatch):
+    monkeypatch.setattr(fake_gpu, "watched", cuda_watches)
+    with fake_gpu.GPU, pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+        fake_gpu.CASES[name]()
 
 
 def test_a_label_out_of_range_marks_its_task():

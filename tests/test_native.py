@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkfo.kernels import native, selector
 from tests.cases import HAS_NATIVE, needs_native
 
 pytestmark = pytest.mark.slow  # not once more on the reference: each sets its own environment
@@ -79,7 +78,6 @@ def test_library_that_is_broken(tmp_path, content):
 
 def test_library_that_is_another(tmp_path):
     """A library that loads, but has none of our ops."""
-    import torch
 
     others = sorted(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.*"))
     if not others:
@@ -294,14 +292,3 @@ for w in workers: w.join()
 assert len(calls) == 1 and len(results) == 8, (calls, results)
 assert all(torch.equal(r, 2 * x) for r in results)
 """)
-
-
-def test_an_old_gpu_is_told_about(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(selector.native, "cuda_status", lambda: native.Status("prebuilt", "", None))
-    for implementation, op in (("native", "inner_loop"), ("triton", "layers")):
-        why = selector.unavailable(implementation, "cuda", op)
-        assert why == "the kernels are for sm_80 and later, this is sm_75"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert selector.unavailable("native", "cuda", "inner_loop") is None

@@ -29,6 +29,12 @@ inline void same_dtype(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "fastkfo: dtypes differ: ", name);
 }
 
+// Sizes are kept in 32 bits, and a GPU has a block for every task.
+inline void fewer(int64_t size, int bits, const char* name) {
+  STD_TORCH_CHECK(size < (int64_t(1) << bits), "fastkfo: too large: expected fewer than 2^", bits,
+                  " ", name, ", got ", size);
+}
+
 inline void contiguous(Tensor& x) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
 }
@@ -60,6 +66,8 @@ class Checked {
     planned.symmetric = call.psd;
     planned.forms = call.forms;
     planned.finish(call.x_s.size(1), plan.has_query ? call.x_q->size(1) : 0);
+    STD_TORCH_CHECK(planned.countable,
+                    "fastkfo: too large: 64 bits do not count the numbers of a task");
   }
 
   const Plan& plan() const { return planned.plan; }
@@ -131,8 +139,8 @@ class Checked {
     for (size_t k = 0; k < given.size(); k += 5) {
       const int64_t kind = given[k], in = given[k + 1], out = given[k + 2];
       STD_TORCH_CHECK(kind >= 0 && kind < kKinds, "fastkfo: there is no kind of layer ", kind);
-      STD_TORCH_CHECK(in == width && in >= 1 && out >= 1 && in < (1 << 24) && out < (1 << 24),
-                      "fastkfo: sizes of layers do not match");
+      STD_TORCH_CHECK(in == width && in >= 1 && out >= 1, "fastkfo: sizes of layers do not match");
+      fewer(std::max(in, out), 24, "features of a layer");
       STD_TORCH_CHECK(kind == kLinear || in == out, "fastkfo: only linear layers change the width");
       for (const int64_t index : {given[k + 3], given[k + 4]}) {
         STD_TORCH_CHECK(index >= -1 && index < count, "fastkfo: there is no parameter ", index);
@@ -175,6 +183,7 @@ class Checked {
                     "fastkfo: there is no such loss");
     STD_TORCH_CHECK(call_.x_s.dim() == 3, "fastkfo: expected x_s [T, S, m]");
     tasks = call_.x_s.size(0);
+    fewer(tasks, 31, "tasks");
     take_inputs(call_.x_s, call_.y_s, call_.loss, "support");
     if (plan.has_query) {
       same_dtype(*call_.x_q, call_.x_s, "x_q");
@@ -185,8 +194,9 @@ class Checked {
   void take_inputs(Tensor& x, Tensor& y, int64_t loss, const char* name) {
     const int64_t classes = planned.layers.back().out;
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == tasks && x.size(1) >= 1 &&
-                        x.size(2) == planned.layers.front().in && x.size(1) < (1 << 24),
+                        x.size(2) == planned.layers.front().in,
                     "fastkfo: inputs of the ", name, " do not fit");
+    fewer(x.size(1), 24, "samples of a task");
     contiguous(x);
     if (loss < 0) return;
     const bool labels = loss == kCrossEntropyMean || loss == kCrossEntropySum;
@@ -218,6 +228,7 @@ class Checked {
         const bool factor = which == 1 || which == 2;
         STD_TORCH_CHECK(!factor || (x.dim() >= 2 && x.size(x.dim() - 1) == columns(p, which)),
                         "fastkfo: operand ", which, " of parameter ", i, " does not fit");
+        if (factor) fewer(x.size(x.dim() - 2), 24, "rows of a factor");
         STD_TORCH_CHECK(!call_.adapt || (which != 4 && (!squared(which) ||
                                                         given_rows(i, which) == columns(p, which))),
                         "fastkfo: operand ", which, " of parameter ", i, " cannot be adapted");

@@ -19,6 +19,7 @@ struct Planned {
   int64_t pad;     // numbers that rows are padded to
   bool symmetric;  // A and C equal their transposes
   int64_t forms;   // that may be chosen, as bits
+  bool countable;  // whether 64 bits count a task's numbers; if not, places are not to be used
 
   int64_t padded(int64_t n) const { return (n + pad - 1) / pad * pad; }
 
@@ -37,6 +38,8 @@ struct Planned {
     for (Param& x : params) place(x);
     place_pass(p.support, support, samples);
     place_pass(p.query, query, p.has_query ? query_samples : 0);
+    countable = numbers() < double(int64_t(1) << 56);
+    if (!countable) return;
     place_tape();
     if (p.gram.used) place_gram_work();
     if (p.adapt) place_adapting();
@@ -57,6 +60,14 @@ struct Planned {
     return at;
   }
   const Param* late_ = nullptr;
+
+  // Of one task, at least: sizes of layers and samples are below 2^24, steps below 2^20.
+  double numbers() const {
+    const Plan& p = plan;
+    const double each = double(p.support.work) + p.query.work + p.operands + p.later + p.gradients;
+    const double samples = double(p.support.ld) + p.query.ld;
+    return (p.steps + 2.0) * (each + samples * (samples + p.ld_in));
+  }
 
   void place(Param& x) {
     Plan& p = plan;
@@ -122,13 +133,13 @@ struct Planned {
     Plan& p = plan;
     int64_t end = 0;
     const bool steps = p.steps > 0;
-    p.x = take(end, p.in * p.support.ld, steps);
+    p.x = take(end, int64_t(p.in) * p.support.ld, steps);
     const bool fixed = steps && layers[0].kind == kLinear;
     const int64_t rows = p.support.samples * padded(p.in);
     const Param* first = fixed ? &params[layers[0].weight] : nullptr;
     p.x_rows = take(end, rows, steps);
     p.q0 = fixed && first->right ? take(end, rows) : p.x_rows;
-    p.q0_t = fixed && first->right ? take(end, p.in * p.support.ld) : p.x;
+    p.q0_t = fixed && first->right ? take(end, int64_t(p.in) * p.support.ld) : p.x;
     if (p.gram.used) place_gram(end);
     const int64_t kept = p.keep ? p.steps : std::min<int64_t>(p.steps, p.adapt ? 2 : 1);
     p.records = take(end, kept * p.support.size);
@@ -183,7 +194,7 @@ struct Planned {
     g.cross = take(g.work, p.support.samples * ld);
     g.cross_t = take(g.work, p.support.samples * ld);
     g.back = take(g.work, p.query.samples * ld);
-    g.forth = take(g.work, p.support.samples * p.query.ld);
+    g.forth = take(g.work, int64_t(p.support.samples) * p.query.ld);
   }
 
   void place_work() {

@@ -200,6 +200,11 @@ def rates_of(lr: Any, groups: list[list[Any]], layers: Sequence[Layer]) -> tuple
                 f"lr of parameter {i}: expected a scalar or shape {list(shapes[i])}, "
                 f"got {list(rate.shape)}"
             )
+        theta = groups[0][i]
+        if isinstance(theta, Tensor) and rate.device != theta.device:
+            raise ValueError(
+                f"lr of parameter {i}: expected device {theta.device}, got {rate.device}"
+            )
         groups[4][i] = times(rate, groups[4][i], shapes[i])
         alpha.append(1.0)
     return tuple(alpha)

@@ -227,7 +227,7 @@ class TaskBuffers:
             x.put(value.clone())
 
 
-def commit(parts: Sequence[TaskBuffers], order: Tensor | None = None) -> None:
+def commit(parts: Sequence[TaskBuffers], order: Sequence[int] | None = None) -> None:
     """With "shared": bring the originals to where learn2learn's loop would leave them.
 
     Args:
@@ -246,7 +246,7 @@ def commit(parts: Sequence[TaskBuffers], order: Tensor | None = None) -> None:
                     counter.original.add_(passes * part.tasks)
 
 
-def commit_all(parts: Sequence[Sequence[TaskBuffers]], order: Tensor | None) -> None:
+def commit_all(parts: Sequence[Sequence[TaskBuffers]], order: Sequence[int] | None) -> None:
     """`commit` for every model of every part: the learner's, the feature extractor's."""
     for of_one_model in zip(*parts, strict=True):
         commit(of_one_model, order)

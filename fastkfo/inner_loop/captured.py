@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkfo.inner_loop.graphs import Graph, Turns, modes, without_cached_casts
+from fastkfo.inner_loop.guards import first_line
 from fastkfo.inner_loop.recorder import DEVICE, EAGER_CALLS
 from fastkfo.inner_loop.trees import map_tensors
 
@@ -72,10 +73,15 @@ class Captured:
             What the step returns, as copies without a graph.
 
         Raises:
+            TypeError: something is no tensor.
             ValueError: the tensors are not like the example.
-            RuntimeError: the step cannot be recorded (the message is CUDA's own), or grad mode,
-                autocast or a switch of PyTorch's is not what it was when it was recorded.
+            RuntimeError: the step cannot be recorded (the message has the reason; the next call
+                tries again), or grad mode, autocast or a switch of PyTorch's is not what it was
+                when it was recorded.
         """
+        for x in tensors:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"tensors: expected tensors, got {type(x).__name__}")
         kinds = [(x.shape, x.dtype, x.device) for x in tensors]
         if kinds != self._kinds:
             expected, got = (
@@ -101,8 +107,12 @@ class Captured:
 
     def _record(self, tensors: Sequence[Tensor]) -> None:
         inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
-        with without_cached_casts(self._device):
-            self._results = self._graph.record(lambda: self._step(*inputs))
+        try:
+            with without_cached_casts(self._device):
+                self._results = self._graph.record(lambda: self._step(*inputs))
+        except Exception as error:
+            reason = first_line(error)
+            raise RuntimeError(f"capture: the step cannot be recorded: {reason}") from error
         self._inputs, self._modes = inputs, modes(self._device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkfo.inner_loop.ambience import repeatable
 from fastkfo.inner_loop.buffers import Unbatchable
+from fastkfo.inner_loop.devices import check_devices
 from fastkfo.inner_loop.inner_loop import InnerLoop
 from fastkfo.inner_loop.inputs import Batch, check_batch, grouped
 from fastkfo.inner_loop.loss import PerTask
@@ -61,6 +62,7 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
     """The explanation, line by line."""
     batches = [group.batch for group in grouped(given)] if isinstance(given.x_s, list) else [given]
     counts = [check_batch(batch) for batch in batches]
+    check_devices(inner_loop.settings(), batches)
     tasks = sum(counts)
     shapes = "" if len(batches) == 1 else f" in {len(batches)} groups of equal shapes"
     yield f"tasks: {tasks}{shapes}, {inner_loop.steps} steps"
@@ -123,11 +125,18 @@ def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
             return
     yield f"model: {_WAYS[run.model.way]}"
     yield from _functions("model", run.model)
+    yield from _own_layers(device)
     if run.features is not None:
         yield _features(run.features.way == "each")
         yield from _functions("features", run.features)
     yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
     yield f"update: {_update(run, g)}"
+
+
+def _own_layers(device: torch.device) -> Iterator[str]:
+    why = selector.why_reference(str(device), "layers")
+    if why is not None:
+        yield f"  layers: PyTorch's own, since {why}"
 
 
 def _features(alone: bool) -> str:

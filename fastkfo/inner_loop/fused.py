@@ -69,7 +69,7 @@ class Fused:
             raise Unfusable("the parameters are not all float32 or all float64 on one device")
         self.device, self.dtype = devices.pop(), dtypes.pop()
         if selector.select("auto", self.device, "inner_loop") != "native":
-            why = selector.unavailable("native", self.device.type, "inner_loop")
+            why = selector.unavailable("native", str(self.device), "inner_loop")
             raise Unfusable(f"there is no kernel for {self.device.type}: {why or 'not chosen'}")
         self.features = self.model.layers[0].in_features
         self.classes = self.model.layers[-1].out_features
@@ -161,7 +161,8 @@ class Fused:
         try:
             return run(spec, self.flat, *batch)
         except RuntimeError as error:
-            if "shared memory" in str(error):  # of a GPU: the model is too large for one block
+            # The model is too large for a GPU's block, or for what the kernels count.
+            if any([reason in str(error) for reason in ("shared memory", "fastkfo: too large")]):
                 raise Unfusable(str(error).splitlines()[0]) from error
             if "expected labels" not in str(error):
                 raise

@@ -29,6 +29,14 @@ class Graph:
 
     def record(self, body: Callable[[], Any]) -> Any:
         """Call a function and record what it launches; nothing runs on the device yet."""
+        try:
+            return self._record(body)
+        except BaseException:
+            # What failed has left part of a graph behind, which takes no second recording.
+            self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            raise
+
+    def _record(self, body: Callable[[], Any]) -> Any:
         with (
             _RECORDING,
             torch.cuda.device(self._device),

@@ -1,12 +1,13 @@
-"""What surrounds a run: all or nothing, and outside of inference mode."""
+"""What surrounds a run: all or nothing, outside of inference mode, without waiting for a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -31,3 +32,14 @@ def normal_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def sent(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A few numbers, or a tensor, on a device; the host does not wait until they are there."""
+    x = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
+    return x.to(device, dtype, non_blocking=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,6 +16,7 @@ from fastkfo.inner_loop import recorder
 from fastkfo.inner_loop.at_once import adapted_at_once, at_once, fused_of, in_one_call
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable, commit, commit_all
 from fastkfo.inner_loop.clones import by_clones, check_clones
+from fastkfo.inner_loop.devices import check_devices
 from fastkfo.inner_loop.guards import all_or_nothing, normal_mode
 from fastkfo.inner_loop.inputs import (
     Batch,
@@ -189,8 +190,8 @@ class InnerLoop(nn.Module):
 
         Raises:
             TypeError: an input is of the wrong type.
-            ValueError: inputs do not have the same T or are empty, `steps` or `step_weights` do not
-                fit, or a label is out of range.
+            ValueError: inputs do not have the same T, are empty or on another device than the
+                learner, `steps` or `step_weights` do not fit, or a label is out of range.
         """
         given = Batch(x_s, y_s, x_q, y_q)
         if x_q is None:
@@ -211,6 +212,7 @@ class InnerLoop(nn.Module):
             check_batch(group.batch)
         settings = self.settings(steps)
         weights = check_weights(step_weights, settings.steps, y_q, groups[0].batch)
+        check_devices(settings, [group.batch for group in groups], weights)
         if isinstance(x_s, list):
             with normal_mode():
                 return self._listed(settings, groups, weights)
@@ -253,7 +255,8 @@ class InnerLoop(nn.Module):
 
         Raises:
             TypeError: an input is of the wrong type.
-            ValueError: inputs do not fit or are empty, or the learner cannot be batched.
+            ValueError: inputs do not fit, are empty or on another device than the learner, or the
+                learner cannot be batched.
         """
         batch = Batch(x_s, y_s)
         check_given(batch)
@@ -261,6 +264,7 @@ class InnerLoop(nn.Module):
         if reason := self.own_step():
             raise ValueError(f"learner: expected one that can be batched, got one where {reason}")
         settings = self.settings(steps)
+        check_devices(settings, [batch])
         with normal_mode():
             batch = batch.normal()
             with torch.enable_grad():
@@ -354,7 +358,7 @@ class InnerLoop(nn.Module):
         """Tasks of any shapes, group by group; or one by one, in their order."""
         groups = [group._replace(batch=group.batch.normal()) for group in groups]
         indices = [t for group in groups for t in group.indices]
-        order = torch.tensor(indices).argsort()
+        order = sorted(range(len(indices)), key=indices.__getitem__)
         places = {t: (g.batch, k) for g in groups for k, t in enumerate(g.indices)}
         rows = [batch.rows(k, k + 1) for batch, k in (places[t] for t in range(len(places)))]
 

@@ -86,6 +86,8 @@ def read_step(rule: Rule, theta: Sequence[Tensor]) -> Step:
                 name = type(transform).__name__
                 raise Unfusable(f"the transform of parameter {i}, {name}, is not known")
         if isinstance(rate, Tensor):
+            if rate.device != p.device:
+                raise Unfusable(f"the learning rate of parameter {i} is on another device")
             if rate.numel() != 1 and rate.shape != p.shape:
                 raise Unfusable(f"the learning rate of parameter {i} has a shape of its own")
             derived = derived or scale[i] is not None or rate.shape != p.shape

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastkfo.inner_loop.buffers import MODES, Unbatchable, commit
 from fastkfo.inner_loop.containment import spread
+from fastkfo.inner_loop.devices import check_tree, device_of
 from fastkfo.inner_loop.model import TaskModel, check_tasks
 from fastkfo.inner_loop.step import InnerStep, Rule
 from fastkfo.optim.differentiate import gradients
@@ -84,10 +85,13 @@ class BatchedLearner(nn.Module):
             What the model returns; every tensor in it `[T, ...]`.
 
         Raises:
-            ValueError: a tensor does not have T rows.
+            ValueError: a tensor does not have T rows, or is on another device than the learner.
         """
         check_tasks("inputs", (args, kwargs), self.tasks)
         theta = self._theta()
+        device = device_of(theta)
+        for tree in (*args, *kwargs.values()):
+            check_tree("inputs", tree, device, "the learner's parameters")
         second_order = not self._rule.first_order
         try:
             outputs = self._model(theta, second_order, args, kwargs)

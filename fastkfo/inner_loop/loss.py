@@ -76,10 +76,11 @@ class PerTask:
             `[T]`.
 
         Raises:
-            ValueError: the loss gives a task something other than one number, or (on the CPU) a
-                label is out of range.
+            ValueError: the loss gives a task something other than one number, targets are on
+                another device than predictions, or (on the CPU) a label is out of range.
         """
         if self._kernel is not None and not more and self._is_plain():
+            _check_devices(predictions, targets)
             result = self._kernel(predictions, targets)
             if result is not None:
                 return result
@@ -97,6 +98,8 @@ class PerTask:
         if not self.each:
             try:
                 return vmap(self.loss, randomness="different")(*args)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 refused = error
         tasks = _tasks_of(args)
@@ -105,6 +108,15 @@ class PerTask:
             _warn(self.loss, refused)
             self.each = True
         return torch.stack(rows)
+
+
+def _check_devices(predictions: Any, targets: Any) -> None:
+    both = isinstance(predictions, Tensor) and isinstance(targets, Tensor)
+    if both and targets.device != predictions.device:
+        raise ValueError(
+            f"targets: expected device {predictions.device} as the predictions, "
+            f"got {targets.device}"
+        )
 
 
 def _warn(loss: Loss, refused: Exception) -> None:

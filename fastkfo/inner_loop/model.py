@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkfo.inner_loop.buffers import TaskBuffers, Unbatchable
 from fastkfo.inner_loop.chain import Layer, chain_of
+from fastkfo.inner_loop.guards import first_line
 from fastkfo.inner_loop.interception import Interception
 from fastkfo.inner_loop.trees import map_tensors, stack
 from fastkfo.utils import ParameterSlots, clone_module
@@ -108,9 +109,12 @@ class TaskModel:
             with Interception(self.buffers, second_order, self.replaced):
                 outputs = vmap(one, randomness="different")(rows, [leaves[k] for k in places])
             self.buffers.accept(unchanged=True)
+        except torch.OutOfMemoryError:  # says nothing about the model
+            self.buffers.discard()
+            raise
         except Exception as error:
             self.buffers.discard()
-            raise Unbatchable(f"{self._where(error)}: {_first_line(error)}") from error
+            raise Unbatchable(f"{self._where(error)}: {first_line(error)}") from error
         return outputs
 
     def _one_by_one(
@@ -159,11 +163,6 @@ def shell_of(module: nn.Module) -> nn.Module:
 
 def _is_one_batch(args: Any, kwargs: Any) -> bool:
     return len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() > 2
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def check_tasks(name: str, tree: Any, tasks: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkfo.functional import checks
+from fastkfo.inner_loop.guards import sent
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.loss import per_task
 from fastkfo.inner_loop.step import Rule
@@ -125,9 +126,9 @@ def _stacked(weights: Sequence[Any], device: torch.device) -> Tensor:
         elif w.numel() != 1:
             raise ValueError(f"step_weights: expected scalars, got shape {list(w.shape)}")
     if any([isinstance(w, Tensor) for w in weights]):
-        rows = [w if isinstance(w, Tensor) else torch.tensor(float(w)) for w in weights]
-        return torch.stack([w.to(device, torch.float64).reshape(()) for w in rows])
-    return torch.tensor([float(w) for w in weights], dtype=torch.float64, device=device)
+        rows = [w if isinstance(w, Tensor) else float(w) for w in weights]
+        return torch.stack([sent(w, device, torch.float64).reshape(()) for w in rows])
+    return sent([float(w) for w in weights], device, torch.float64)
 
 
 def refused_by_clone(learner: Any, options: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkfo.inner_loop.guards import sent
 from fastkfo.inner_loop.leaves import Layout, Leaves
 from fastkfo.inner_loop.memory import Recomputed, added
 from fastkfo.inner_loop.run import Outcome, Run
@@ -97,7 +98,7 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
+def in_order(found: Sequence[Outcome], order: Sequence[int] | None) -> Outcome:
     """The outcome of tasks of unlike shapes: their predictions are a list."""
     predictions = [
         map_tensors(lambda x: x[k], part.predictions)  # noqa: B023
@@ -107,5 +108,6 @@ def in_order(found: Sequence[Outcome], order: Tensor | None) -> Outcome:
     joined = together([part._replace(predictions=None) for part in found])
     if order is None:
         return joined._replace(predictions=predictions)
-    loss, _, support, finite = [None if x is None else x[order.to(x.device)] for x in joined]
-    return Outcome(loss, [predictions[int(k)] for k in order], support, finite)  # type: ignore[arg-type]
+    rows = sent(order, joined.finite.device)
+    loss, _, support, finite = [None if x is None else x[rows] for x in joined]
+    return Outcome(loss, [predictions[k] for k in order], support, finite)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkfo.inner_loop.graphs import Graph, modes
-from fastkfo.inner_loop.guards import normal_mode
+from fastkfo.inner_loop.guards import first_line, normal_mode
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Layout
 from fastkfo.inner_loop.loss import PerTask
@@ -47,6 +48,7 @@ class Recorder:
         self._graph, self._lock = graph, threading.RLock()
         self.failed: str | None = None  # why the last attempt to record failed
         self.why_not: str | None = None  # why the last call was not replayed
+        self._said = False
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,7 +127,9 @@ class Recorder:
                 self.why_not = self.failed = found.refused
                 if found.recording is None:
                     if loop.capture is True:
-                        raise RuntimeError(f"capture: the inner loop {found.refused}")
+                        found.refused = None  # asked for by name: the next call tries again
+                        raise RuntimeError(f"capture: the inner loop {self.failed}")
+                    self._say_once()
                     return None
             return found(data)
 
@@ -142,6 +146,7 @@ class Recorder:
             if found is None or found.recording is None:
                 return None
             self._known.move_to_end(key)
+            self.why_not = None
             return found(data)
 
     def record(self, source: Source, data: Sequence[Tensor]) -> Recording:
@@ -159,7 +164,9 @@ class Recorder:
     def _refusal(self, loop: InnerLoop, data: Sequence[Tensor]) -> str | None:
         """Why this call is not recorded, or None."""
         if (reason := of_devices(data)) is not None:
-            self.clear()
+            first = next(loop.parameters(), None)
+            if first is None or first.device.type != DEVICE:
+                self.clear()  # the loop has left; a batch that went astray is no reason
             return reason
         same = self._loop is not None and self._loop() is loop
         options = _options(loop)
@@ -176,6 +183,14 @@ class Recorder:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return _AROUND
         return None
+
+    def _say_once(self) -> None:
+        if self.failed is not None and not self._said:
+            self._said = True
+            warnings.warn(
+                f"fastkfo: calls run without CUDA graphs: the inner loop {self.failed}",
+                stacklevel=6,
+            )
 
     def _unchanged(self) -> bool:
         return self._watched is not None and self._watched.unchanged()
@@ -232,7 +247,7 @@ class Recorded:
             self.recording = recorder.record(recorder.source(loop, run, learned), data)
             self._predictions = trees[0]
         except Exception as error:  # the call runs as it is, and raises what is not the recording's
-            self.refused = f"cannot be recorded: {str(error).splitlines()[0]}"
+            self.refused = f"cannot be recorded: {first_line(error)}"
 
     def __call__(self, data: Sequence[Tensor]) -> Outcome:
         """A replay."""

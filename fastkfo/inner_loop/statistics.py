@@ -13,6 +13,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from fastkfo.inner_loop.guards import sent
+
 
 class Statistic:
     """One running mean or variance, `[C]`, and what T tasks do to it.
@@ -72,7 +74,7 @@ class Statistic:
         return self.copy.expand(self.tasks, -1) if self.own is None else self.own
 
 
-def fold(parts: Sequence[Statistic], order: Tensor | None = None) -> None:
+def fold(parts: Sequence[Statistic], order: Sequence[int] | None = None) -> None:
     """Write what all passes so far, task after task, make of the original.
 
     Args:
@@ -90,7 +92,7 @@ def fold(parts: Sequence[Statistic], order: Tensor | None = None) -> None:
 
     def rows(name: str) -> Tensor:
         joined = torch.cat([getattr(part, name) for part in parts])
-        return joined if order is None else joined[order]
+        return joined if order is None else joined[sent(order, joined.device)]
 
     if first.batches is not None:
         before = first.before.to(first.base.dtype)  # type: ignore[union-attr]

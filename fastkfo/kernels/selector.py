@@ -22,7 +22,7 @@ IN_TRITON = ("layers", "kron")
 # Those whose kernels no record compares yet: "auto" leaves them to PyTorch on CUDA.
 NOT_MEASURED = ("kron",)
 
-_chosen: dict[tuple[str, str, str], str] = {}
+_chosen: dict[tuple[str, str, int | None, str], str] = {}
 
 
 def select(implementation: str, device: torch.device, op: str = "") -> str:
@@ -45,10 +45,10 @@ def select(implementation: str, device: torch.device, op: str = "") -> str:
         ValueError: `implementation` is none of `IMPLEMENTATIONS`.
         ImplementationUnavailable: what was named is not available for `device`.
     """
-    key = (implementation, device.type, op)
+    key = (implementation, device.type, device.index, op)
     chosen = _chosen.get(key)
     if chosen is None:
-        chosen = _chosen[key] = _select(implementation, device.type, op)
+        chosen = _chosen[key] = _select(implementation, str(device), op)
     return chosen
 
 
@@ -66,9 +66,10 @@ def _select(implementation: str, device: str, op: str) -> str:
         raise ValueError(f"{name}: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
     why = unavailable("native", device, op)
     if implementation == "auto":
-        if device == "cuda" and op in NOT_MEASURED:
+        on_gpu = _kind(device) == "cuda"
+        if on_gpu and op in NOT_MEASURED:
             return "reference"
-        if device == "cuda" and op in IN_TRITON and not unavailable("triton", device, op):
+        if why and on_gpu and op in IN_TRITON and not unavailable("triton", device, op):
             return "triton"
         return "reference" if why else "native"
     if implementation != "native":
@@ -100,28 +101,45 @@ def _of_the_process(op: str) -> str:
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def too_old() -> str | None:
-    """Why the CUDA kernels cannot run on the GPU that is there, or None."""
+def too_old(device: str = "cuda") -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, without an index the current one; or None."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the kernels are for sm_80 and later, this is sm_{major}{minor}"
 
 
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
 def unavailable(implementation: str, device: str, op: str = "") -> str | None:
-    """Why an implementation of an op cannot run on a kind of device, or None if it can."""
+    """Why an implementation of an op cannot run on "cpu", "cuda" or "cuda:1"; None if it can."""
     if implementation == "reference":
         return None
+    kind = _kind(device)
     if implementation == "triton":
         if op not in IN_TRITON:
             return "this op has no Triton kernel"
         from fastkfo.kernels import triton
 
-        return triton.why_unavailable(device) or (too_old() if device == "cuda" else None)
-    if device == "cuda" and op in ON_CUDA:
-        return native.cuda_status().error or too_old()
-    if device != "cpu":
-        return f"the native library has kernels of this op for the CPU only, not yet for {device}"
+        why = triton.why_unavailable(kind)
+        return why or (too_old(device) if kind == "cuda" else None)
+    if kind == "cuda" and op in ON_CUDA:
+        return native.cuda_status().error or too_old(device)
+    if kind != "cpu":
+        return f"the native library has kernels of this op for the CPU only, not yet for {kind}"
     if not native.available():
         return f"the native library could not be loaded ({native.status().error})"
     return None
+
+
+def why_reference(device: str, op: str) -> str | None:
+    """Why "auto" takes the reference of an op on a device that may have kernels, or None."""
+    if select("auto", torch.device(device), op) != "reference":
+        return None
+    on_gpu = _kind(device) == "cuda"
+    in_triton = on_gpu and op in IN_TRITON
+    if on_gpu and op in NOT_MEASURED:
+        return "no record compares its kernels with PyTorch's yet"
+    return unavailable("triton" if in_triton else "native", device, op)

@@ -59,6 +59,8 @@ class TaskAxis:
             updates: list[Tensor] = torch.func.vmap(one, in_dims, randomness="different")(
                 phi, grads
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             rows = [row(t) for t in range(self.size)]
             updates = [torch.stack(of_tasks) for of_tasks in zip(*rows, strict=True)]
@@ -91,9 +93,11 @@ class Items:
         psd: bool = False,
     ) -> None:
         """Add the item of parameter `index`."""
-        for name, x in (("left", left), ("right", right), ("bias", bias), ("scale", scale)):
+        for name, x in (("left", left), ("right", right), ("bias", bias)):
             if x is not None:
                 _check_like(f"the transform's {name}", x, grad, index)
+        if scale is not None:  # a learning rate that is a tensor
+            _check_like("lr", scale, grad, index)
         if psd:
             self.psd += [(LEFT, len(self.index)), (RIGHT, len(self.index))]
         self.index.append(index)
@@ -327,6 +331,10 @@ def _gather(
 
 
 def _rate_scale(rate: Tensor, grad: Tensor, index: int) -> Tensor:
+    if rate.device != grad.device and (rate.dim() > 0 or rate.device.type != "cpu"):
+        raise ValueError(
+            f"lr for parameter {index}: expected device {grad.device}, got {rate.device}"
+        )
     if rate.dtype != grad.dtype and rate.is_floating_point():
         rate = rate.to(grad.dtype)
     if rate.shape == grad.shape:

@@ -59,7 +59,8 @@ def conv2d(
     if weight.numel() == 0:
         return y.zero_() if bias is None else y.copy_(bias[:, None, None, None])
     pixels, each = n * oh * ow, outputs // groups
-    launch.check_sizes(tasks, groups, pixels, max(h * w * channels, oh * ow * outputs))
+    image = max(h * w * channels, oh * ow * outputs)
+    launch.check_sizes(tasks, groups, pixels, image, each * depth * kh * kw)
     tile = launch.conv_tile("conv2d", x.dtype, pixels, each)
     flat, steps = _contraction(depth, kh * kw, tile.depth)
     grid = (triton.cdiv(pixels, tile.rows) * triton.cdiv(each, tile.columns), groups, tasks)
@@ -109,7 +110,8 @@ def conv2d_input(
     every = [s if d == 1 else 1 for s, d in zip(stride, dilation, strict=True)]
     taps = [triton.cdiv(k, e) for k, e in zip((kh, kw), every, strict=True)]
     alike = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
-    launch.check_sizes(tasks, groups, n * h * w, max(h * w * depth * groups, oh * ow * outputs))
+    image = max(h * w * depth * groups, oh * ow * outputs)
+    launch.check_sizes(tasks, groups, n * h * w, image, each * depth * kh * kw)
     tile = launch.conv_tile("conv2d_input", dy.dtype, alike, depth)
     flat, steps = _contraction(each, taps[0] * taps[1], tile.depth)
     tiles = triton.cdiv(alike, tile.rows) * stride[0] * stride[1]
@@ -162,7 +164,8 @@ def conv2d_weight(
     if x.numel() == 0 or dy.numel() == 0:
         db = dy.sum((1, 2, 3)) if bias else x.new_empty(0)
         return x.new_zeros(shape), db
-    launch.check_sizes(tasks, groups, pixels, max(h * w * channels, oh * ow * outputs))
+    image = max(h * w * channels, oh * ow * outputs)
+    launch.check_sizes(tasks, groups, pixels, image, each * depth * kh * kw)
     tile = launch.conv_tile("conv2d_weight", x.dtype, each, depth * kh * kw)
     flat, columns = _contraction(depth, kh * kw, tile.columns)
     tiles = columns * triton.cdiv(each, tile.rows)

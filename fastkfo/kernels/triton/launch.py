@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LIMIT = 2**31 - 2**16  # what is counted in 32 bits, with room for the last tile
-_GRID_YZ = 65535  # CUDA's limit of a grid's second and third axis
+_GRID_X, _GRID_YZ = 2**31 - 1, 65535  # CUDA's limits of a grid's axes
 _PROGRAMS = 512  # that a long sum is split into, if it can be: about four for a multiprocessor
 _SPLITS = 64  # and no more partial results than this
 
@@ -247,7 +247,7 @@ def check_index(where: Tensor, like: Tensor) -> None:
         )
 
 
-def check_sizes(tasks: int, groups: int, pixels: int, image: int) -> None:
+def check_sizes(tasks: int, groups: int, pixels: int, image: int, weights: int = 0) -> None:
     """Refuse sizes that the kernels count in too few bits.
 
     Args:
@@ -255,6 +255,7 @@ def check_sizes(tasks: int, groups: int, pixels: int, image: int) -> None:
         groups: of a convolution; blocks of channels elsewhere.
         pixels: of all samples of a task.
         image: elements of one image of all channels.
+        weights: of a convolution, of one task and group.
 
     Raises:
         ValueError: one of them is too large.
@@ -264,13 +265,29 @@ def check_sizes(tasks: int, groups: int, pixels: int, image: int) -> None:
         ("groups or blocks of channels", groups, _GRID_YZ),
         ("pixels of a task", pixels, _LIMIT),
         ("elements of an image", image, _LIMIT),
+        ("weights of a task's group", weights, _LIMIT),
     ):
         if size > limit:
             raise ValueError(f"{name}: expected at most {limit} for the Triton kernels, got {size}")
 
 
 def run(kernel: Any, grid: tuple[int, int, int], tile: Tile, *arguments: Any, **meta: Any) -> None:
-    """Start a kernel on the device of its first tensor, and on that device's current stream."""
+    """Start a kernel on the device of its first tensor, and on that device's current stream.
+
+    Args:
+        kernel: the kernel.
+        grid: its programs.
+        tile: how they run.
+        arguments: of the kernel; at least one is a tensor.
+        meta: its compile-time constants.
+
+    Raises:
+        ValueError: there are more programs than CUDA counts.
+    """
+    if grid[0] > _GRID_X:
+        raise ValueError(
+            f"tiles of a task: expected at most {_GRID_X} for the Triton kernels, got {grid[0]}"
+        )
     device = next(x.device for x in arguments if x is not None)
     # Triton launches on the current device, whatever its arguments' is.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
