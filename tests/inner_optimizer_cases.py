@@ -68,7 +68,7 @@ class Found(NamedTuple):
 
 def found(ours, losses):
     """Differentiate the sum of the losses in everything that is learned."""
-    named = dict(ours.named_parameters())
+    named = {n: p for n, p in ours.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(losses.sum(), list(named.values()), allow_unused=True)
     return Found(losses.detach(), dict(zip(named, grads, strict=True)))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastkfo
 from fastkfo.optim.inner import SGD, Adam, InnerOptimizer, RMSProp
-from tests.batches import batch
+from tests.batches import NEEDS, batch
 from tests.inner_optimizer_cases import (
     CLIPS,
     OPTIMIZERS,
@@ -127,6 +127,25 @@ def test_features_and_tasks_of_unlike_shapes(path):
     grads = [torch.autograd.grad(loop(*lists).loss.sum(), wanted) for loop in both]
     for a, b in zip(*grads, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["fixed", "adapted"])
+@pytest.mark.parametrize("name", ["tied", "unused", "frozen", "conv1d", "scalar"])
+def test_models(name, adapt):
+    options = NEEDS.get(name, {}) | {"adapt_transform": adapt, "clip_grad_norm": 0.7}
+    ours, data = learner(name, inner_optimizer=Adam(eps=1e-2), **options), batch(name, 2)
+    want = found(ours, by_loop(ours, 3, data))
+    for path in PATHS.values():
+        agree(found(ours, inner_loop(ours, 3, **path)(*data).loss), want)
+
+
+def test_a_model_that_cannot_be_batched():
+    ours, data = learner("lstm", steps=3, inner_optimizer=RMSProp(eps=1e-2)), batch("lstm", 2)
+    want = found(ours, by_loop(ours, 3, data))
+    for memory in ("full", "checkpoint", "adjoint"):
+        loop = inner_loop(ours, 3, memory=memory)
+        with pytest.warns(UserWarning, match="cannot be batched"):
+            agree(found(ours, loop(*data).loss), want)
 
 
 def test_a_transform_and_an_update_of_a_users_own():

@@ -17,7 +17,7 @@ class Adam(InnerOptimizer):
 
     With `m̂ = m / (1 − β₁ⁿ)` and `v̂ = v / (1 − β₂ⁿ)` at a parameter's n-th gradient, as in
     `torch.optim.Adam`. Where v is 0, which means that every gradient was, the derivative of `√v` is
-    taken as 0: the direction's own derivative in u, 1/ε there, is then exact.
+    taken as 0: the derivative of the direction itself is then exact (docs/inner_optimizers.md).
 
     Args:
         betas: β₁ and β₂, each in [0, 1).

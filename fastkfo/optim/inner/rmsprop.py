@@ -16,7 +16,7 @@ class RMSProp(InnerOptimizer):
     """`v ← α v + (1 − α) u²`; the direction is `d = u / (√v + ε)` or, with momentum, `b ← μ b + d`.
 
     As in `torch.optim.RMSprop`, not centred. Where v is 0, which means that every gradient was, the
-    derivative of `√v` is taken as 0: the direction's own derivative in u, 1/ε there, is then exact.
+    derivative of `√v` is taken as 0: that of d itself, 1/ε, is then exact.
 
     Args:
         alpha: α, in [0, 1).
