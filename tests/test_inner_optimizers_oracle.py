@@ -23,6 +23,8 @@ from tests.inner_optimizer_cases import (
 )
 from tests.models import LR, assert_close, build, perturb
 
+pytestmark = pytest.mark.slow
+
 STEPS = (1, 3, 5)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
