@@ -45,9 +45,9 @@ def learner(name="mlp", **options):
 
 
 def pair(**options):
-    """The same inner loop twice: as it is, and recorded."""
+    """The same inner loop twice: as it is, and recorded; `own` are options of its learner."""
     name = options.pop("name", "mlp")
-    plain = learner(name, allow_nograd=True)
+    plain = learner(name, allow_nograd=True, **options.pop("own", {}))
     other = copy.deepcopy(plain)
     given = {"backend": "batched", **options}
     return (

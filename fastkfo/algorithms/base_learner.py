@@ -40,7 +40,7 @@ class BaseLearner(nn.Module):
         nn.Module.__init__(learner)
         learner._modules["module"] = module
         for name, value in attributes.items():
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, (nn.Parameter, nn.Module)):
                 setattr(learner, name, value)
             else:
                 vars(learner)[name] = value

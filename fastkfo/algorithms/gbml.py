@@ -9,18 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import check_module
-from fastkfo.functional.checks import finite
+from fastkfo.algorithms.inner_options import InnerOptions
 from fastkfo.inner_loop.learner import BatchedLearner, check_own_adapt
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.clone_cache import GramCache
-from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.differentiate import gradients, through_last_update
 from fastkfo.optim.fused import updated_parameters
+from fastkfo.optim.inner import InnerOptimizer, OptimizerState, PerStepLR
+from fastkfo.optim.inner.update import InnerUpdate, check_adaptable, check_lr, inner_update
 from fastkfo.optim.parameter_update import ParameterUpdate
 from fastkfo.optim.update_rules import DifferentiableSGD
 from fastkfo.utils import ParameterSlots, clone_module
 
+Updated = tuple[list[Tensor], OptimizerState]
 
-class GBML(nn.Module):
+
+class GBML(InnerOptions, nn.Module):
     """Learns initial parameters θ and a transform φ of the gradients that adapt them.
 
     One call of `adapt` takes `θ ← θ − lr · transform_φ(∇θ loss)`. With `adapt_transform`, every
@@ -30,18 +34,30 @@ class GBML(nn.Module):
         module: the model.
         transform: called with each parameter; returns a module that transforms its gradient, or
             None for the plain gradient.
-        lr: the learning rate of `adapt`; a number or a tensor. A Parameter is learned too.
+        lr: the learning rate of `adapt`; a number, a tensor or a `fastkfo.optim.PerStepLR`. A
+            Parameter is learned too.
         adapt_transform: whether φ is adapted as well.
         first_order: whether gradients are treated as constants of the meta-gradient; φ is learned
             all the same.
         allow_unused: whether parameters that a loss does not use are left as they are.
         allow_nograd: whether parameters that require no gradient are left as they are.
+        inner_optimizer: takes the steps in place of plain SGD, on transformed gradients: one of
+            `fastkfo.optim.inner`. Its state starts anew with this learner; a clone goes on with its
+            learner's. Steps of φ are plain.
+        clip_grad_norm: the largest norm of a task's gradients, over all parameters, before the
+            transform.
+        clip_grad_value: the largest absolute value of a gradient's numbers, before the transform.
         compute_update: (keyword only, instead of the one made from `transform`) a module called
             like a `ParameterUpdate`.
 
     Raises:
-        TypeError: `module` is no module or is compiled, or `lr` is no number or tensor.
-        ValueError: `lr` is not finite, or `transform` returned neither a module nor None.
+        TypeError: `module` is no module or is compiled, `lr` is of none of its types, or an option
+            is of the wrong type.
+        ValueError: `lr` is not finite or made for another model, `transform` returned neither a
+            module nor None, a value to clip at is not positive or has nothing to clip, there are
+            two, or `adapt_transform` has no rate.
+
+    docs/inner_optimizers.md has the formulas of inner optimizers and clipping.
 
     Source: Arnold, Iqbal, Sha, "When MAML Can Adapt Fast and How to Assist When It Cannot",
     AISTATS 2021. The interface is learn2learn's.
@@ -51,18 +67,24 @@ class GBML(nn.Module):
         self,
         module: nn.Module,
         transform: Callable[[Tensor], nn.Module | None],
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | PerStepLR = 1.0,
         adapt_transform: bool = False,
         first_order: bool = False,
         allow_unused: bool = False,
         allow_nograd: bool = False,
+        *,
+        inner_optimizer: InnerOptimizer | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_module("module", module)
-        finite("lr", lr)
+        check_lr(lr, module)
+        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value)
         compute_update = kwargs.pop("compute_update", None)
         if kwargs:
             raise TypeError(f"GBML: unexpected keyword arguments {sorted(kwargs)}")
+        check_adaptable(lr, adapt_transform)
         super().__init__()
         self.module = module
         self.transform = transform
@@ -74,7 +96,11 @@ class GBML(nn.Module):
         if compute_update is None:
             compute_update = ParameterUpdate(module.parameters(), transform)
         self.compute_update = compute_update
-        self.diff_sgd = DifferentiableSGD(lr=lr)
+        self.inner_optimizer = inner_optimizer
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._inner_update()  # raises if there is nothing to clip
+        # A rule with one rate; what learn2learn's users may look for.
+        self.diff_sgd = None if isinstance(lr, PerStepLR) else DifferentiableSGD(lr=lr)
         # Whether θ carries an update by φ that φ can be adapted through.
         self._params_updated = False
         # LᵀL, computed once; for clones alone, since they end with their task.
@@ -121,28 +147,34 @@ class GBML(nn.Module):
             check_own_adapt(self)
             rule = self.rule(first_order, allow_unused, allow_nograd, adapt_transform)
             return BatchedLearner(rule, tasks, buffers)
+        adapts = _default(adapt_transform, self.adapt_transform)
+        check_adaptable(self.lr, adapts)
         clone = GBML.__new__(GBML)
         nn.Module.__init__(clone)
         # Runs once per task: nn.Module's own attribute writes would cost more than the clones.
         vars(clone).update(
             transform=self.transform,
-            adapt_transform=_default(adapt_transform, self.adapt_transform),
+            adapt_transform=adapts,
             first_order=_default(first_order, self.first_order),
             allow_unused=_default(allow_unused, self.allow_unused),
             allow_nograd=_default(allow_nograd, self.allow_nograd),
+            **self._inner_options(),
             _params_updated=False,
             _gram_cache=GramCache(),
         )
-        lr = self.lr
-        if isinstance(lr, nn.Parameter):
+        lr, own = self.lr, clone._modules
+        own["module"] = clone_module(self.module)
+        if isinstance(lr, PerStepLR):
+            own["lr"] = lr
+            vars(clone)["diff_sgd"] = None
+        elif isinstance(lr, nn.Parameter):
             clone.lr = lr
         else:
             vars(clone)["lr"] = lr
-        clone._modules.update(
-            module=clone_module(self.module),
-            compute_update=clone_module(self.compute_update),
-            diff_sgd=self.diff_sgd if self.diff_sgd.lr is lr else DifferentiableSGD(lr),
-        )
+        own["compute_update"] = clone_module(self.compute_update)
+        if not isinstance(lr, PerStepLR):
+            known = self.diff_sgd is not None and self.diff_sgd.lr is lr
+            own["diff_sgd"] = self.diff_sgd if known else DifferentiableSGD(lr)
         return clone
 
     def rule(
@@ -153,15 +185,30 @@ class GBML(nn.Module):
         adapt_transform: bool | None = None,
     ) -> Rule:
         """How clones adapt, in the form that batched learners and `InnerLoop` take."""
+        adapts = _default(adapt_transform, self.adapt_transform)
+        check_adaptable(self.lr, adapts)
         return Rule(
             module=self.module,
             compute_update=self.compute_update,
             lr=self.lr,
             first_order=_default(first_order, self.first_order),
-            adapt_transform=_default(adapt_transform, self.adapt_transform),
+            adapt_transform=adapts,
             allow_unused=_default(allow_unused, self.allow_unused),
             allow_nograd=_default(allow_nograd, self.allow_nograd),
+            inner=self._inner_update(),
+            state=self._inner_state,
         )
+
+    def _inner_update(self) -> InnerUpdate:
+        found = super()._inner_update()
+        if found.clips and type(self.compute_update) is not ParameterUpdate:
+            name = "clip_grad_norm" if found.clip_norm is not None else "clip_grad_value"
+            kind = type(self.compute_update).__name__
+            raise ValueError(
+                f"{name}: expected None with a compute_update that is a {kind}, which computes "
+                "gradients by itself"
+            )
+        return found
 
     def adapt(
         self,
@@ -180,13 +227,14 @@ class GBML(nn.Module):
 
         Raises:
             TypeError: `loss` is no tensor, or a transform's dtype is not its parameter's.
-            ValueError: `loss` is not a scalar or has no graph, or a transform returned the wrong
-                shape. The learner is as it was before the call.
+            ValueError: `loss` is not a scalar or has no graph, a transform returned the wrong
+                shape, or `lr` has no rate for this step. The learner is as it was before the call.
             RuntimeError: autograd's own, with the option that would help.
         """
         second_order = not _default(first_order, self.first_order)
         allow_unused = _default(allow_unused, self.allow_unused)
         allow_nograd = _default(allow_nograd, self.allow_nograd)
+        self._rate()  # raises if there is none
         slots = ParameterSlots(self.module)
         phi = ParameterSlots(self.compute_update) if self._adapts_transform() else None
         if type(self.compute_update) is ParameterUpdate:
@@ -215,13 +263,15 @@ class GBML(nn.Module):
         found = gradients(loss, inputs, second_order, second_order, allow_unused, allow_nograd)
         grads, phi_grads = found[:count], found[count:]
         if learned and not second_order:
-            phi_grads = _through_last_update(slots.params, learned, grads, allow_unused)
+            phi_grads = through_last_update(slots.params, learned, grads, allow_unused)
 
-        def updated() -> list[Tensor]:
+        def updated() -> Updated:
             transforms = self.compute_update.transforms()
             # Under a transform of torch.func tensors come and go, and tell less of themselves.
             cache = None if torch._C._are_functorch_transforms_active() else self._gram_cache
-            return updated_parameters(transforms, slots.params, grads, self.lr, cache)
+            return self._inner_update().step(
+                transforms, slots.params, grads, self._rate(), self._inner_state, cache
+            )
 
         self._commit(slots, phi, learned, phi_grads, updated)
 
@@ -241,9 +291,9 @@ class GBML(nn.Module):
             phi_grads = gradients(loss, learned, True, True, allow_unused, False)
         elif learned:
             grads = gradients(loss, slots.params, False, True, allow_unused, allow_nograd)
-            phi_grads = _through_last_update(slots.params, learned, grads, allow_unused)
+            phi_grads = through_last_update(slots.params, learned, grads, allow_unused)
 
-        def updated() -> list[Tensor]:
+        def updated() -> Updated:
             updates = self.compute_update(
                 loss,
                 slots.params,
@@ -252,7 +302,9 @@ class GBML(nn.Module):
                 allow_unused=allow_unused,
                 allow_nograd=allow_nograd,
             )
-            return updated_parameters(None, slots.params, list(updates), self.lr)
+            return self._inner_update().step(
+                None, slots.params, list(updates), self._rate(), self._inner_state
+            )
 
         self._commit(slots, phi, learned, phi_grads, updated)
 
@@ -262,54 +314,24 @@ class GBML(nn.Module):
         phi: ParameterSlots | None,
         learned: list[Tensor],
         phi_grads: list[Tensor | None],
-        updated: Callable[[], list[Tensor]],
+        updated: Callable[[], Updated],
     ) -> None:
-        """Update φ, then θ by the new φ; both or, on an error, neither."""
+        """Update φ, then θ and the optimizer's state by the new φ; all or, on an error, none."""
         if phi is None or not learned:
-            slots.put(updated())
-            return
-        old = phi.params
-        new = dict(
-            zip(
-                map(id, learned), updated_parameters(None, learned, phi_grads, self.lr), strict=True
-            )
-        )
-        phi.put([new.get(id(p), p) for p in old])
-        try:
-            slots.put(updated())
-        except BaseException:
-            phi.put(old)
-            raise
+            found, state = updated()
+        else:
+            old = phi.params
+            moved = updated_parameters(None, learned, phi_grads, self._rate())
+            new = dict(zip(map(id, learned), moved, strict=True))
+            phi.put([new.get(id(p), p) for p in old])
+            try:
+                found, state = updated()
+            except BaseException:
+                phi.put(old)
+                raise
+        slots.put(found)
+        self._inner_state = state
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:
     return otherwise if value is None else value
-
-
-def _through_last_update(
-    params: list[Tensor], phi: list[Tensor], grads: list[Tensor | None], allow_unused: bool
-) -> list[Tensor | None]:
-    """The gradients in φ of a loss whose gradients in the updated θ are constants.
-
-    First order: the graph of the loss is not kept, that of the update is, so that φ's own updates
-    stay differentiable in φ.
-
-    Args:
-        params: θ, after their last update.
-        phi: φ.
-        grads: the gradients in θ, or None.
-        allow_unused: whether a parameter in φ that the update does not use is given None.
-
-    Returns:
-        The gradients in φ.
-    """
-    live = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and p.requires_grad]
-    return list(
-        torch.autograd.grad(
-            [p for p, _ in live],
-            phi,
-            [g for _, g in live],
-            create_graph=True,
-            allow_unused=allow_unused,
-        )
-    )

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkfo.algorithms.base_learner import BaseLearner, check_module
+from fastkfo.algorithms.inner_options import InnerOptions
 from fastkfo.functional.checks import finite
 from fastkfo.inner_loop.learner import BatchedLearner, check_own_adapt
 from fastkfo.inner_loop.step import Rule
 from fastkfo.optim.differentiate import gradients, own_gradients
 from fastkfo.optim.fused import updated_parameters
+from fastkfo.optim.inner import InnerOptimizer, PerStepLR
+from fastkfo.optim.inner.update import check_lr, inner_update
 from fastkfo.utils import ParameterSlots, clone_module
 
 
@@ -45,20 +48,28 @@ def maml_update(
     return model
 
 
-class MAML(BaseLearner):
+class MAML(InnerOptions, BaseLearner):
     """Learns the initial parameters of a model by differentiating through adaptation.
 
     Args:
         model: the model; its parameters are those of the learner.
-        lr: the learning rate of `adapt`.
+        lr: the learning rate of `adapt`: a number, a tensor or a `fastkfo.optim.PerStepLR`.
         first_order: whether gradients are treated as constants of the meta-gradient.
         allow_unused: whether parameters that a loss does not use are left as they are; by default
             as `allow_nograd`.
         allow_nograd: whether parameters that require no gradient are left as they are.
+        inner_optimizer: takes the steps in place of plain SGD: one of `fastkfo.optim.inner`. Its
+            state starts anew with this learner; a clone goes on with its learner's.
+        clip_grad_norm: the largest norm of a task's gradients, over all parameters.
+        clip_grad_value: the largest absolute value of a gradient's numbers.
 
     Raises:
-        TypeError: `model` is no module or is compiled, or `lr` is no number or tensor.
-        ValueError: `lr` is not finite.
+        TypeError: `model` is no module or is compiled, `lr` is of none of its types, or one of the
+            last three is of the wrong type.
+        ValueError: `lr` is not finite or made for another model, or a value to clip at is not
+            positive, or there are two.
+
+    docs/inner_optimizers.md has the formulas of the last three.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep
     Networks", ICML 2017. The interface is learn2learn's.
@@ -67,15 +78,22 @@ class MAML(BaseLearner):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | Tensor,
+        lr: float | Tensor | PerStepLR,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
+        *,
+        inner_optimizer: InnerOptimizer | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
     ) -> None:
         check_module("model", model)
-        finite("lr", lr)
+        check_lr(lr, model)
+        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value)
         super().__init__(model)
         self.lr = lr
+        self.inner_optimizer = inner_optimizer
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
@@ -97,10 +115,12 @@ class MAML(BaseLearner):
 
         Raises:
             TypeError: `loss` is no tensor.
-            ValueError: `loss` is not a scalar or has no graph. The learner is as it was.
+            ValueError: `loss` is not a scalar or has no graph, or `lr` has no rate for this step.
+                The learner is as it was.
             RuntimeError: autograd's own, with the option that would help.
         """
         second_order = not (self.first_order if first_order is None else first_order)
+        lr = self._rate()
         slots = ParameterSlots(self.module)
         grads = gradients(
             loss,
@@ -110,7 +130,10 @@ class MAML(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
-        slots.put(updated_parameters(None, slots.params, grads, self.lr))
+        update = self._inner_update()
+        new, state = update.step(None, slots.params, grads, lr, self._inner_state)
+        slots.put(new)
+        self._inner_state = state
 
     def clone(
         self,
@@ -149,6 +172,7 @@ class MAML(BaseLearner):
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+            **self._inner_options(),
         )
 
     def rule(
@@ -165,4 +189,6 @@ class MAML(BaseLearner):
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+            inner=self._inner_update(),
+            state=self._inner_state,
         )

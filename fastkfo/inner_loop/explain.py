@@ -18,7 +18,9 @@ from fastkfo.inner_loop.model import TaskModel
 from fastkfo.inner_loop.prompt import in_flight
 from fastkfo.inner_loop.recorder import EAGER_CALLS, of_devices, of_loop
 from fastkfo.inner_loop.run import Run, features_alone
+from fastkfo.inner_loop.step import Rule
 from fastkfo.kernels import selector
+from fastkfo.optim.inner import PerStepLR
 from fastkfo.optim.recognise import kind_of, kronecker_part
 
 _WAYS = {
@@ -131,6 +133,7 @@ def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
         yield from _functions("features", run.features)
     yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
     yield f"update: {_update(run, g)}"
+    yield from _inner(settings.rule)
 
 
 def _own_layers(device: torch.device) -> Iterator[str]:
@@ -158,7 +161,7 @@ def _loss(loss: PerTask) -> str:
 
 def _update(run: Run, g: list[Tensor | None]) -> str:
     step = run.step
-    if step.update is None:
+    if step.transforms is None:
         return "one elementwise operation per parameter"
     known = [
         t is None or x is None or (kind_of(t) == "reshaped" and kronecker_part(t, x) is not None)
@@ -174,6 +177,19 @@ def _update(run: Run, g: list[Tensor | None]) -> str:
     pairs = zip(step.transforms, known, strict=True)
     others = sorted({type(t).__name__ for t, is_known in pairs if not is_known})
     return f"{one}, but {', '.join(others)} under torch.func.vmap"
+
+
+def _inner(rule: Rule) -> Iterator[str]:
+    """Clipping, the optimizer, rates per step."""
+    inner, lr = rule.inner, rule.lr
+    if inner.clip_norm is not None:
+        yield f"clipping: every task's gradients, to a norm of {inner.clip_norm}"
+    if inner.clip_value is not None:
+        yield f"clipping: every number of a gradient, to ±{inner.clip_value}"
+    if inner.optimizer is not None:
+        yield f"inner optimizer: {inner.optimizer}, every task with a state of its own"
+    if isinstance(lr, PerStepLR):
+        yield f"lr: of every step its own, up to {lr.steps}{', shared' if lr.shared else ''}"
 
 
 def _capture(inner_loop: InnerLoop, batch: Batch, listed: bool) -> str:

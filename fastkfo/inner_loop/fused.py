@@ -24,6 +24,7 @@ from fastkfo.inner_loop.model import shell_of
 from fastkfo.inner_loop.run import Outcome
 from fastkfo.inner_loop.step import Rule
 from fastkfo.kernels import selector
+from fastkfo.optim.inner import PerStepLR
 from fastkfo.reference.inner_loop import LOSSES
 
 
@@ -46,6 +47,16 @@ def read_loss(name: str, loss: Any) -> int:
     return LOSSES.index(known)
 
 
+def _check_inner(rule: Rule) -> None:
+    """Raise Unfusable where steps are more than a transform and one rate."""
+    if rule.inner.optimizer is not None:
+        raise Unfusable(f"inner_optimizer is {rule.inner.optimizer}")
+    if rule.inner.clips:
+        raise Unfusable("gradients are clipped")
+    if isinstance(rule.lr, PerStepLR):
+        raise Unfusable("lr has a rate for every step")
+
+
 class Fused:
     """An inner loop as one native call.
 
@@ -60,6 +71,7 @@ class Fused:
 
     def __init__(self, rule: Rule, loss: Any, query_loss: Any) -> None:
         self.rule = rule
+        _check_inner(rule)
         self.losses = (read_loss("loss", loss), read_loss("query_loss", query_loss))
         self.labels = [LOSSES[k].startswith("cross_entropy") for k in self.losses]
         self.model = read_model(rule.module)

@@ -31,6 +31,7 @@ from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.options import (
     as_loss,
     check_choice,
+    check_steps,
     check_weights,
     learner_options,
     overridden,
@@ -68,7 +69,8 @@ class InnerLoop(nn.Module):
     Args:
         learner: a GBML, MAML or MetaSGD. Options that are None here are its own.
         loss: of one task: predictions and targets to one number. A module's parameters are learned.
-        steps: K, at least 0.
+        steps: K, at least 0. With a `PerStepLR` as many as it has rates for, or the last would not
+            be learned; a call may ask for fewer.
         query_loss: ℓ_q, if it is another one.
         features: a feature extractor in front of the model (ANIL): not adapted, but trained through
             the query loss. It sees all samples of all tasks at once; its batch norms take the
@@ -135,6 +137,7 @@ class InnerLoop(nn.Module):
         }
         self.options = learner_options(learner, given)
         check_count("steps", steps, 0)
+        check_steps(rule_of(learner, self.options), steps, all_of_them=True)
         check_choice("memory", memory, memory_modes.MODES)
         check_choice("buffers", buffers, task_buffers.MODES)
         check_choice("backend", backend, BACKENDS)
@@ -303,12 +306,15 @@ class InnerLoop(nn.Module):
         """What does not change from task to task."""
         if steps is not None:
             check_count("steps", steps, 0)
+        rule = rule_of(self.learner, self.options)
+        count = self.steps if steps is None else steps
+        check_steps(rule, count, all_of_them=False)
         return Settings(
-            rule=rule_of(self.learner, self.options),
+            rule=rule,
             loss=self.loss,
             query_loss=self.query_loss,
             features=self.features,
-            steps=self.steps if steps is None else steps,
+            steps=count,
             memory=self.memory,
             buffers=self.buffer_mode,
             each=False,
@@ -329,6 +335,7 @@ class InnerLoop(nn.Module):
             theta=params_of(rule.module),
             phi=params_of(rule.compute_update),
             rates=rule.rates,
+            state=rule.state.flat(),
             features=params_of(self.features),
             losses=[p for loss in losses for p in params_of(loss)],
             weights=[] if weights is None else [weights],

@@ -11,7 +11,7 @@ from fastkfo.inner_loop.buffers import MODES, Unbatchable, commit
 from fastkfo.inner_loop.containment import spread
 from fastkfo.inner_loop.devices import check_tree, device_of
 from fastkfo.inner_loop.model import TaskModel, check_tasks
-from fastkfo.inner_loop.step import InnerStep, Rule
+from fastkfo.inner_loop.step import InnerStep, Last, Rule
 from fastkfo.optim.differentiate import gradients
 from fastkfo.utils import ParameterSlots, clone_module
 from fastkfo.utils.updating import replace_parameters
@@ -65,7 +65,8 @@ class BatchedLearner(nn.Module):
         self._phi = [] if self._step.slots is None else list(self._step.slots.params)
         if rule.adapt_transform:
             self._phi = spread(self._phi, tasks)
-        self._last: list[Tensor | None] | None = None
+        self._last: Last | None = None
+        self._state = rule.state.like(spread(rule.state.flat(), tasks))
 
     def __getattr__(self, attr: str) -> Any:
         """The attribute of the learner, else that of the model, whose parameters are `[T, ...]`."""
@@ -128,7 +129,8 @@ class BatchedLearner(nn.Module):
 
         Raises:
             TypeError: `loss` is no tensor.
-            ValueError: `loss` is not `[T]` or has no graph. The learner is as it was.
+            ValueError: `loss` is not `[T]` or has no graph, or `lr` has no rate for this step. The
+                learner is as it was.
             RuntimeError: autograd's own, with the option that would help.
         """
         check_losses(loss, self.tasks)
@@ -136,16 +138,17 @@ class BatchedLearner(nn.Module):
         first_order = rule.first_order if first_order is None else first_order
         allow_nograd = rule.allow_nograd if allow_nograd is None else allow_nograd
         allow_unused = rule.allow_unused if allow_unused is None else allow_unused
-        slots = self._model.slots
+        slots, state = self._model.slots, self._state
+        self._step.check(state)
         g = gradients(
             loss.sum(), slots.params, not first_order, not first_order, allow_unused, allow_nograd
         )
         phi = self._phi
         if rule.adapt_transform and self._last is not None:
             phi = self._step.phi(phi, rule.rates, self._last, g, allow_unused)
-        new = self._step.theta(slots.params, phi, rule.rates, g)
+        new, self._state = self._step.theta(slots.params, phi, rule.rates, g, state)
         self._phi = phi
-        self._last = g if rule.adapt_transform else None
+        self._last = Last(g, state) if rule.adapt_transform else None
         slots.put(new)
 
     def task(self, index: int) -> nn.Module:

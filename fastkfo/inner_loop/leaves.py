@@ -18,6 +18,7 @@ class Leaves(NamedTuple):
         theta: the learner's parameters, without a task axis.
         phi: the transforms' parameters.
         rates: the learning rates that are tensors.
+        state: of the optimizer, where the learner has taken steps already.
         features: the feature extractor's parameters.
         losses: the parameters of the losses that are modules.
         weights: the weights of the steps' query losses, one tensor or none.
@@ -27,6 +28,7 @@ class Leaves(NamedTuple):
     theta: list[Tensor]
     phi: list[Tensor]
     rates: list[Tensor]
+    state: list[Tensor]
     features: list[Tensor]
     losses: list[Tensor]
     weights: list[Tensor]

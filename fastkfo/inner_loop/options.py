@@ -14,6 +14,7 @@ from fastkfo.inner_loop.guards import sent
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.loss import per_task
 from fastkfo.inner_loop.step import Rule
+from fastkfo.optim.inner import PerStepLR
 from fastkfo.utils import ParameterSlots
 
 
@@ -52,6 +53,27 @@ def learner_options(learner: Any, given: dict[str, Any]) -> dict[str, bool]:
             kind = type(learner).__name__
             raise ValueError(f"{name}: expected None, as {kind} has no such option")
     return {name: value for name, value in given.items() if value is not None and name in known}
+
+
+def check_steps(rule: Rule, steps: int, all_of_them: bool) -> None:
+    """Refuse a number of steps that a learner's rates are not for.
+
+    Args:
+        rule: how the learner adapts.
+        steps: K.
+        all_of_them: whether fewer steps than rates are an error: the last would not be learned.
+
+    Raises:
+        ValueError: a step has no rate, or a rate no step.
+    """
+    if not isinstance(rule.lr, PerStepLR):
+        return
+    left = max(0, rule.lr.steps - rule.state.step)
+    if steps > left or (all_of_them and steps < left):
+        expected = f"{'' if all_of_them else 'at most '}{left}"
+        raise ValueError(
+            f"steps: expected {expected}, as lr has a rate for each of {left} steps, got {steps}"
+        )
 
 
 def overridden(learner: nn.Module) -> str | None:

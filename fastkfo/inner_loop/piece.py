@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkfo.inner_loop.cotangents import added
 from fastkfo.inner_loop.guards import sent
 from fastkfo.inner_loop.leaves import Layout, Leaves
-from fastkfo.inner_loop.memory import Recomputed, added
+from fastkfo.inner_loop.memory import Recomputed
 from fastkfo.inner_loop.run import Outcome, Run
 from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.inner_loop.walk import Walk, unrolled

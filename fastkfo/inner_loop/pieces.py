@@ -11,9 +11,9 @@ from torch.autograd import Function
 
 from fastkfo.inner_loop.ambience import Ambience
 from fastkfo.inner_loop.buffers import TaskBuffers
+from fastkfo.inner_loop.cotangents import check_differentiated_once, pulled, repeating
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
-from fastkfo.inner_loop.memory import check_differentiated_once, pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
 from fastkfo.inner_loop.prompt import Habit, Prompt, Stray, Unrolled, in_flight
 from fastkfo.inner_loop.run import Outcome, Run, Settings

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastkfo.inner_loop.ambience import Ambience
+from fastkfo.inner_loop.cotangents import pulled, repeating
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
-from fastkfo.inner_loop.memory import pulled, repeating
 from fastkfo.inner_loop.piece import Piece, Sums, together, whole
 from fastkfo.inner_loop.run import Outcome, Run, fills_a_cache
 

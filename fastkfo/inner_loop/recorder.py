@@ -288,9 +288,11 @@ def _options(loop: InnerLoop) -> tuple[Any, ...]:
 def _elsewhere(loop: InnerLoop, tensors: Sequence[Tensor], device: torch.device) -> str | None:
     """A graph has a number for what lies on another device, and sees parameters alone."""
     known = {id(x) for x in tensors}
-    rates = rule_of(loop.learner, loop.options).rates
-    if any([id(x) not in known for x in rates]):
+    rule = rule_of(loop.learner, loop.options)
+    if any([id(x) not in known for x in rule.rates]):
         return "a learning rate is a tensor and no parameter"
+    if rule.state.flat():
+        return "the learner has taken steps of its inner optimizer already"
     others = sorted({str(x.device) for x in tensors if x.device != device})
     return f"parameters or buffers are on {', '.join(others)}" if others else None
 
@@ -303,6 +305,9 @@ def _unknown(loop: InnerLoop) -> str | None:
         known = not isinstance(loss, PerTask) or isinstance(loss.loss, nn.Module)
         if not known and loss.fused_name() is None:
             return f"{name}, a function of its own, {hint}"
+    optimizer = rule_of(loop.learner, loop.options).inner.optimizer
+    if optimizer is not None and not _of_a_package(type(optimizer)):
+        return f"{type(optimizer).__name__} {hint}"
     for module in loop.modules():
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         known = kind.startswith(_PACKAGES) and is_plain(module)

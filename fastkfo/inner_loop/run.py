@@ -17,9 +17,10 @@ from fastkfo.inner_loop.inputs import Batch, joined, parted
 from fastkfo.inner_loop.leaves import Layout, Leaves
 from fastkfo.inner_loop.loss import PerTask, per_task
 from fastkfo.inner_loop.model import TaskModel, shell_of
-from fastkfo.inner_loop.step import InnerStep, Rule
+from fastkfo.inner_loop.step import InnerStep, Last, Rule
 from fastkfo.inner_loop.trees import map_tensors
 from fastkfo.optim.differentiate import gradients
+from fastkfo.optim.inner import START, OptimizerState
 from fastkfo.utils import ParameterSlots
 
 
@@ -54,12 +55,14 @@ class State(NamedTuple):
     Attributes:
         theta: θ, `[T, ...]`; without T where a parameter is frozen.
         phi: φ, `[T, ...]` where it is adapted.
-        last: with an adapted φ, the gradients of the step before.
+        inner: the optimizer's state, `[T, ...]`.
+        last: with an adapted φ, what the step before started from.
     """
 
     theta: list[Tensor]
     phi: list[Tensor]
-    last: list[Tensor | None] | None = None
+    inner: OptimizerState = START
+    last: Last | None = None
 
 
 class Outcome(NamedTuple):
@@ -132,12 +135,13 @@ class Run:
         )
 
     def start(self, leaves: Leaves) -> State:
-        """θ and φ before the first step."""
+        """θ, φ and the optimizer's state before the first step."""
         pairs = list(zip(leaves.theta, self.own, strict=True))
         rows = iter(spread([p for p, own in pairs if own], self.tasks))
         theta = [next(rows) if own else p for p, own in pairs]
-        adapted = self.settings.rule.adapt_transform
-        return State(theta, spread(leaves.phi, self.tasks) if adapted else list(leaves.phi))
+        rule = self.settings.rule
+        phi = spread(leaves.phi, self.tasks) if rule.adapt_transform else list(leaves.phi)
+        return State(theta, phi, rule.state.like(spread(leaves.state, self.tasks)))
 
     def featured(self, leaves: Leaves) -> Batch:
         """The batch, its inputs taken through the feature extractor."""
@@ -171,22 +175,21 @@ class Run:
             )
         return g, loss.detach()
 
-    def moved(
-        self, state: State, g: list[Tensor | None], rates: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """θ and φ after a step along g."""
-        phi = state.phi
+    def moved(self, state: State, g: list[Tensor | None], rates: list[Tensor]) -> State:
+        """The state after a step along g."""
+        rule, phi = self.settings.rule, state.phi
         if state.last is not None:
-            phi = self.step.phi(phi, rates, state.last, g, self.settings.rule.allow_unused)
-        return self.step.theta(state.theta, phi, rates, g), phi
+            phi = self.step.phi(phi, rates, state.last, g, rule.allow_unused)
+        theta, inner = self.step.theta(state.theta, phi, rates, g, state.inner)
+        return State(theta, phi, inner, Last(g, state.inner) if rule.adapt_transform else None)
 
     def after_step(
         self, state: State, leaves: Leaves, batch: Batch, graph: bool
     ) -> tuple[State, Tensor]:
         """The state after one step, and the support losses before it."""
+        self.step.check(state.inner)
         g, loss = self.gradient(state.theta, leaves.losses, batch, graph)
-        theta, phi = self.moved(state, g, leaves.rates)
-        return State(theta, phi, g if self.settings.rule.adapt_transform else None), loss
+        return self.moved(state, g, leaves.rates), loss
 
     def ask(self, theta: list[Tensor], losses: list[Tensor], batch: Batch) -> tuple[Any, Any]:
         """Query losses `[T]`, or None without targets, and predictions."""

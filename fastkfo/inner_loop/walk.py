@@ -13,6 +13,7 @@ from fastkfo.inner_loop.containment import Contained
 from fastkfo.inner_loop.inputs import Batch
 from fastkfo.inner_loop.leaves import Leaves
 from fastkfo.inner_loop.run import Outcome, Run, State, outcome
+from fastkfo.inner_loop.step import Last
 
 
 def unrolled(run: Run, leaves: Leaves, batch: Batch) -> tuple[Outcome, State]:
@@ -111,14 +112,19 @@ class Walk:
         phi = state.phi
         if self.run.settings.rule.adapt_transform:
             phi = cut(phi, self.run.learned)
-        return State(cut(state.theta, self.run.own), phi, state.last)
+        return state._replace(theta=cut(state.theta, self.run.own), phi=phi)
 
 
 def _ended(state: State) -> State:
     """The state, in nobody's graph."""
-    last = None if state.last is None else cut(state.last, [False] * len(state.last))
-    theta, phi = (cut(x, [False] * len(x)) for x in (state.theta, state.phi))
-    return State(theta, phi, last)
+
+    def ended(tensors: Sequence[Any]) -> list[Any]:
+        return cut(tensors, [False] * len(tensors))
+
+    inner, last = state.inner, state.last
+    if last is not None:
+        last = Last(ended(last.g), last.state.like(ended(last.state.flat())))
+    return State(ended(state.theta), ended(state.phi), inner.like(ended(inner.flat())), last)
 
 
 def cut(tensors: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:

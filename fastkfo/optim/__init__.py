@@ -1,5 +1,7 @@
 """Learnable optimizers: transforms of gradients, and the updates made of them."""
 
+from fastkfo.optim import inner
+from fastkfo.optim.inner import PerStepLR
 from fastkfo.optim.learnable_optimizer import LearnableOptimizer
 from fastkfo.optim.parameter_update import ParameterUpdate
 from fastkfo.optim.transforms import (
@@ -18,6 +20,8 @@ __all__ = [
     "MetaCurvatureTransform",
     "ModuleTransform",
     "ParameterUpdate",
+    "PerStepLR",
     "ReshapedTransform",
     "TransformDictionary",
+    "inner",
 ]

@@ -68,6 +68,35 @@ def gradients(
     return [next(found) if p.requires_grad or not allow_nograd else None for p in parameters]
 
 
+def through_last_update(
+    params: list[Tensor], phi: list[Tensor], grads: list[Tensor | None], allow_unused: bool
+) -> list[Tensor | None]:
+    """The gradients in φ of a loss whose gradients in the updated θ are constants.
+
+    First order: the graph of the loss is not kept, that of the update is, so that φ's own updates
+    stay differentiable in φ.
+
+    Args:
+        params: θ, after their last update.
+        phi: φ.
+        grads: the gradients in θ, or None.
+        allow_unused: whether a parameter in φ that the update does not use is given None.
+
+    Returns:
+        The gradients in φ.
+    """
+    live = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None and p.requires_grad]
+    return list(
+        torch.autograd.grad(
+            [p for p, _ in live],
+            phi,
+            [g for _, g in live],
+            create_graph=True,
+            allow_unused=allow_unused,
+        )
+    )
+
+
 def own_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     """The parameters' `.grad`; ValueError if there is none."""
     with warnings.catch_warnings():  # asking a non-leaf tensor for .grad warns

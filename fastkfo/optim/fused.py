@@ -156,13 +156,18 @@ def _check_like(name: str, x: Tensor, grad: Tensor, index: int) -> None:
 
 
 def transform_gradients(
-    transforms: Sequence[nn.Module | None], grads: Sequence[Tensor | None]
+    transforms: Sequence[nn.Module | None],
+    grads: Sequence[Tensor | None],
+    cache: GramCache | None = None,
+    tasks: TaskAxis | None = None,
 ) -> list[Tensor | None]:
     """Apply every transform to its gradient.
 
     Args:
         transforms: one module or None (leave the gradient as it is) per parameter.
         grads: one gradient or None per parameter.
+        cache: squares of factors to be used again.
+        tasks: says that gradients have a leading axis of tasks.
 
     Returns:
         The updates; None where the gradient is None.
@@ -171,12 +176,12 @@ def transform_gradients(
         TypeError: a transform returned no tensor, or its dtype is not the gradient's.
         ValueError: a transform returned the wrong shape.
     """
-    items, simple = _gather(transforms, grads, None, None)
+    items, simple = _gather(transforms, grads, None, tasks)
     updates = list(grads)
     for i, grad, alpha, scale in simple:
         update = grad if scale is None else scale * grad
         updates[i] = update if alpha == 1.0 else alpha * update
-    items.square_factors(None)
+    items.square_factors(cache)
     for i, update in zip(items.index, items.run(), strict=True):
         updates[i] = update
     return updates

@@ -210,6 +210,8 @@ def update_module(
 def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     """Cut a cloned module out of its graph, in place.
 
+    The state of an inner optimizer, where the module is a learner with one, is cut as well.
+
     Args:
         module: Module whose parameters and buffers are detached. Anything else is ignored.
         keep_requires_grad: Whether tensors that required a gradient go on requiring one, as
@@ -235,3 +237,7 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
             detached.requires_grad_()
     if replacements:
         replace_parameters(module, replacements)
+    for learner in module.modules():
+        state = learner.__dict__.get("_inner_state")
+        if state is not None:
+            learner.__dict__["_inner_state"] = state.detached()
