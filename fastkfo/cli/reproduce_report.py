@@ -51,8 +51,8 @@ Mean and 95 % interval (Student's t) over {about["seeds"]} seeds of weights and 
 have the same tasks. "Before" and "after" K inner steps, on test tasks; "minus the first" is the
 difference from the first method of its group, seed by seed. The inner rate of every method is
 chosen for each seed among the same rates by the score on validation tasks: median, and lowest to
-highest where seeds differ. In the figures, a hollow marker at the edge is a mean off the axis or not
-finite.
+highest where seeds differ. In the figures, a hollow marker at the edge is a mean that is off the
+axis, or not finite.
 
 {figures}
 
