@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +238,17 @@ def test_help():
     assert result.exit_code == 0
     assert "Meta-KFO" in result.output
     assert "Raises" not in result.output
+
+
+def test_docs_quote_the_record_and_their_example_runs():
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "docs" / "reproduce.md").read_text()
+    (table,) = root.glob("bench/results/*/reproduce/table.md")
+    assert table.read_text() in text
+    for image in re.findall(r"\]\((images/.*?)\)", text):
+        assert (root / "docs" / image).stat().st_size < 150_000
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], found)
+    assert found["inner_loop"].why_not_fused() is None
+    x = found["x"][1, 0]
+    torch.testing.assert_close(found["model"](x), found["learner"](x), rtol=1e-4, atol=1e-5)
