@@ -19,6 +19,7 @@ from fastkfo.cli.reproduce_problems import PROBLEMS, learner_of, quick, sampler
 from fastkfo.cli.reproduce_rows import rows, spread
 from fastkfo.cli.reproduce_surface import adapted, meta_loss, surface
 from fastkfo.cli.reproduce_training import Examined, Measured, Scores, examine
+from tests.cases import needs_native
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 
@@ -92,6 +93,7 @@ def scores(name, **options):
     return {kind: examine(problem, kind, 0)[0].test.score for kind, _ in problem.methods}
 
 
+@pytest.mark.slow
 def test_depth_and_kfo_help_where_scales_are_unequal():
     mse = scores("regression", rates=(0.05, 0.1, 0.2))
     assert mse["linnet"] < 0.6 * mse["shallow"]
@@ -101,6 +103,7 @@ def test_depth_and_kfo_help_where_scales_are_unequal():
     assert accuracy["kfo"] > accuracy["shallow"] + 0.05
 
 
+@pytest.mark.slow
 def test_a_tuned_rate_is_enough_in_one_dimension():
     small = scores("line", rates=(0.025,))
     assert small["linnet"] < 0.3 * small["shallow"]
@@ -240,6 +243,7 @@ def test_help():
     assert "Raises" not in result.output
 
 
+@needs_native
 def test_docs_quote_the_record_and_their_example_runs():
     root = Path(__file__).resolve().parent.parent
     text = (root / "docs" / "reproduce.md").read_text()

@@ -22,6 +22,7 @@ from fastkfo.nn import (
 )
 from fastkfo.training import TrainConfig
 from fastkfo.training.methods import build
+from tests.cases import needs_native
 from tests.oracle import learn2learn
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -207,6 +208,7 @@ def learners(model):
     yield GBML(model, transform=transform, lr=0.1, adapt_transform=True)
 
 
+@needs_native
 @pytest.mark.parametrize("kind", range(3), ids=["maml", "kfo", "kfo-adapt"])
 def test_fused_and_batched_are_the_loop(kind):
     torch.manual_seed(0)
