@@ -44,7 +44,7 @@ def test_everything_gets_a_gradient(method):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
     assert (built.features is None) == (not method.startswith("anil"))
     assert len(list(built.learner.module.modules())) == (
-        1 if method.startswith("anil") else 7 + 3 * (method == "maml-linnet")
+        1 if method.startswith("anil") else 7 + 4 * (method == "maml-linnet")
     )
 
 

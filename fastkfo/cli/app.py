@@ -8,6 +8,7 @@ from fastkfo._version import __version__
 from fastkfo.cli.bench import bench
 from fastkfo.cli.demo import demo
 from fastkfo.cli.evaluate import evaluate
+from fastkfo.cli.reproduce import reproduce
 from fastkfo.cli.train import TrainCommand, train
 
 __all__ = ["app"]
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 # The docstring's first two paragraphs: Raises is for readers of the code.
 app.command(help=(demo.__doc__ or "").partition("Raises:")[0])(demo)
+app.command(help=(reproduce.__doc__ or "").partition("Raises:")[0])(reproduce)
 app.command(cls=TrainCommand, help=(train.__doc__ or "").partition("Args:")[0])(train)
 app.command(help=(evaluate.__doc__ or "").partition("Raises:")[0])(evaluate)
 # Every option, --help too, is the benchmark's own.

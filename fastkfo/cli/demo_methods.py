@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastkfo.algorithms import GBML, MAML
-from fastkfo.nn import KroneckerLinear
+from fastkfo.nn import KroneckerLinear, LinNet
 from fastkfo.optim import KroneckerTransform
 from fastkfo.reference.loop import MetaGradient, factors_of, meta_gradient
 from fastkfo.tasks import Episodes
@@ -194,8 +194,7 @@ def build_model(ways: int, extra_layers: int) -> nn.Sequential:
         nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        *[nn.Linear(FEATURES, FEATURES) for _ in range(extra_layers)],
-        nn.Linear(FEATURES, ways),
+        LinNet(extra_layers + 1, FEATURES, ways),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkfo.functional.linear import linear_unchecked
-from fastkfo.nn import Flatten
+from fastkfo.nn import Flatten, LinNet
 from fastkfo.optim.recognise import global_hooks, is_plain
 
 Layer = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ def _append(module: nn.Module | None, layers: list[Layer]) -> bool:
     if module is None or not is_plain(module):
         return False
     kind = type(module)
-    if kind is nn.Sequential:
+    if kind in (nn.Sequential, LinNet):
         return all([_append(child, layers) for child in module._modules.values()])
     if kind is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
         layers.append(_linear(module))

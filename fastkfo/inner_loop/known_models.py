@@ -72,7 +72,7 @@ class _Reader:
         kind = type(module)
         if not is_plain(module):
             raise Unfusable(f"{self._place(name, module)} has hooks or a forward of its own")
-        if kind is nn.Sequential:
+        if kind in (nn.Sequential, fnn.LinNet):
             for key, child in module._modules.items():
                 self.read(f"{name}.{key}" if name else key, child)
             return

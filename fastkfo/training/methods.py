@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkfo.algorithms import GBML, MAML, MetaSGD
 from fastkfo.inner_loop import InnerLoop
-from fastkfo.nn import KroneckerLinear, KroneckerNetwork
+from fastkfo.nn import KroneckerLinear, KroneckerNetwork, add_linear_layers
 from fastkfo.optim import KroneckerTransform, MetaCurvatureTransform
 from fastkfo.training import backbones
 from fastkfo.training.config import TrainConfig
@@ -120,16 +120,16 @@ def _networks(
             torch.manual_seed(config.seed)
             np.random.seed(config.seed % 2**32)  # noqa: NPY002
             features, size = backbones.features(config.backbone, shape)
-            head = nn.Linear(size, outputs)
-            added = config.linear_layers if config.method == "maml-linnet" else 0
-            linear = [nn.Linear(size, size) for _ in range(added)]
+            head: nn.Module = nn.Linear(size, outputs)
+            if config.method == "maml-linnet":
+                head = add_linear_layers(head, config.linear_layers)
     finally:
         np.random.set_state(numbers)  # noqa: NPY002
     if config.method.startswith("anil"):
         return features, head
     # Flat where it can be: an InnerLoop takes linear layers and ReLU in one native call.
     front = list(features) if type(features) is nn.Sequential else [features]
-    return None, nn.Sequential(*front, *linear, head)
+    return None, nn.Sequential(*front, head)
 
 
 def _learner(config: TrainConfig, model: nn.Module) -> MAML | MetaSGD | GBML:
