@@ -113,3 +113,15 @@ def assert_near(
     error = (actual.detach().double() - wanted).norm().item()
     size = (wanted if scale is None else scale).norm().item()
     assert error <= tolerance * max(size, 1e-3), f"{name}: error {error:.3e} of {size:.3e}"
+
+
+def worst(op, x, **options):
+    """The largest relative error of values and gradients, norm by norm."""
+    leaves, exact = x.leaves(), x.dense().leaves()
+    out, want = leaves.update(op, **options), exact.update(dense_update)
+    found = [*out, *derivatives(out, leaves.tensors(), 2)]
+    wanted = [*want, *derivatives(want, exact.tensors(), 2)]
+    return max([
+        ((a.double() - b).norm() / b.norm()).item()
+        for a, b in zip(found, wanted, strict=True) if b.norm() > 0
+    ])  # fmt: skip

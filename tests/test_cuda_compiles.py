@@ -71,12 +71,12 @@ def read(log):
     return rows
 
 
-def test_nothing_spills():
+def test_nothing_spills_or_has_a_stack():
     rows = compiled()
     assert {x[0] for x in rows} == {"sm_80", "sm_90a"}
     assert {x[1].split(",")[0] for x in rows} == KERNELS
     assert len({x[1] for x in rows}) == 4 + 1 + 2 + 6
-    assert [x for x in rows if x[5] > 0] == []
+    assert [x for x in rows if x[4] > 0 or x[5] > 0] == []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fastkfo.functional import gram, kron_transform, kron_update
 from fastkfo.kernels import kron as kernels
 from tests import emulation, test_gram, test_kron, test_kron_raw
 from tests.cases import CASES, GRAM_SHAPES, SMALL, needs_native, operands
-from tests.dense import assert_near, dense_update, derivatives
+from tests.dense import assert_near, dense_update, worst
 
 OPS = (
     "kron_forward", "kron_backward", "kron_double_backward", "gram", "gram_vjp", "gram_jvp",
@@ -80,31 +80,19 @@ def test_squares_and_three_derivatives(called, shapes):
     test_gram.compare(*found)
 
 
-def worst(x, **options):
-    """The largest relative error of values and gradients, norm by norm."""
-    leaves, exact = x.leaves(), x.dense().leaves()
-    out, want = leaves.update(kron_update, **options), exact.update(dense_update)
-    found = [*out, *derivatives(out, leaves.tensors(), 2)]
-    wanted = [*want, *derivatives(want, exact.tensors(), 2)]
-    return max([
-        ((a.double() - b).norm() / b.norm()).item()
-        for a, b in zip(found, wanted, strict=True) if b.norm() > 0
-    ])  # fmt: skip
-
-
 CONV = [x for x in CASES if x.name in ("operands_lrb", "ragged", "tasks_all", "conv_33x5x9")]
 
 
 @pytest.mark.parametrize("case", CONV, ids=str)
 def test_float32(called, case):
-    assert worst(operands(case, torch.float32)) < 2e-6
+    assert worst(kron_update, operands(case, torch.float32)) < 2e-6
 
 
 @pytest.mark.parametrize("case", CONV, ids=str)
 def test_tf32_only_where_it_is_allowed(called, case):
     """Its 11 bits, and sums in float32: the error of a few roundings."""
     called.tf32 = True
-    assert 1e-6 < worst(operands(case, torch.float32)) < 2**-9
+    assert 1e-6 < worst(kron_update, operands(case, torch.float32)) < 2**-9
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -190,6 +178,38 @@ def test_wrong_tangents_are_refused(library, name):
 def test_wrong_factors_are_refused(library, op, lists):
     with pytest.raises(RuntimeError, match="fastkfo"):
         getattr(library, op)(*lists)
+
+
+def test_the_switch_is_read_in_a_compiled_function():
+    def step(x):
+        return x + 1 if kernels._tf32_is_allowed() else x
+
+    x, matmul = torch.zeros(1), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in (False, True, False):
+            matmul.fp32_precision = "tf32" if allowed else "ieee"
+            assert torch.compile(step, fullgraph=True, backend="eager")(x).item() == allowed
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("item", "blas"),
+    [
+        ((1, 1, 64, 64, True), False),
+        ((1, 1, 256, 256, True), True),  # one block of 132
+        ((256, 1, 256, 256, True), False),
+        ((32, 64, 64, 9, True), False),
+        ((1, 1, 257, 2, True), True),
+        ((1, 1, 8, 4608, True), True),
+        ((8, 8, 8, 8, False), True),
+        ((1, 0, 64, 9, True), False),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_blas(item, blas):
+    assert kernels.for_blas(*item) == blas
 
 
 def test_a_tangent_of_an_absent_factor_is_refused(library):

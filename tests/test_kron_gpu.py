@@ -1,12 +1,14 @@
 """The Kronecker update's CUDA kernels on a GPU: the grid, and what only a GPU shows."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from fastkfo.functional import gram, kron_transform, kron_update
 from tests import test_gram, test_kron
 from tests.cases import CASES, GRAM_SHAPES, operands, skip_unless_available
-from tests.dense import dense_update
+from tests.dense import worst
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -30,23 +32,76 @@ def test_squares(shapes):
     test_gram.compare(ours, test_gram.all_orders(factors, test_gram.dense, order))
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_only_where_pytorch_allows_it(tf32):
+@contextmanager
+def tf32(allowed):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
-        x = operands(next(x for x in CASES if x.name == "chunks_tasks"), torch.float32, CUDA)
-        out = x.update(kron_update, implementation="native")
+        yield
     finally:
         matmul.fp32_precision = before
-    exact = x.dense().update(dense_update)
-    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(out, exact, strict=True))
-    assert 1e-5 < error < 2e-3 if tf32 else error < 2e-6
 
 
-def test_large_factors_go_to_cublas_and_small_ones_do_not():
-    g = [torch.randn(300, 300, device="cuda"), torch.randn(20, 30, device="cuda")]
+FLOAT32 = [x for x in CASES if x.name in ("operands_lrbs", "ragged", "tasks_all", "chunks_tasks")]
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["exactly", "tf32"])
+@pytest.mark.parametrize("case", FLOAT32, ids=str)
+def test_float32_and_its_derivatives(case, allowed):
+    x = operands(case, torch.float32, CUDA)
+    with tf32(allowed):
+        error = worst(kron_update, x, implementation="native")
+    assert 1e-6 < error < 2**-9 if allowed else error < 3e-6
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["exactly", "tf32"])
+def test_squares_in_float32(allowed):
+    factors = test_gram.build([(40, 33), (3, 20, 65)], torch.float32, "cuda")
+    exact = [x.detach().double().requires_grad_() for x in factors]
+    with tf32(allowed):
+        ours = test_gram.all_orders(factors, lambda x: gram(x, implementation="native"), 3)
+    for a, b in zip(ours, test_gram.all_orders(exact, test_gram.dense, 3), strict=True):
+        assert (a.double() - b).norm() <= (2**-9 if allowed else 2e-6) * b.norm()
+
+
+def crowded(dtype):
+    """More units than blocks, more items than a launch holds, parts of many tasks."""
+    torch.manual_seed(0)
+    g = [torch.randn(60, 40, 12, 9) if k % 8 == 0 else torch.randn(60, 2, 5, 7) for k in range(40)]
+    left = [torch.randn(x.shape[2], x.shape[2]) for x in g]
+    right = [torch.randn(60, x.shape[3], x.shape[3]) for x in g]
+    return [[x.to(CUDA, dtype).requires_grad_() for x in group] for group in (g, left, right)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_units_than_blocks(stream):
+    groups = crowded(torch.float64)
+    tensors = [x for group in groups for x in group]
+    found = []
+    with torch.cuda.stream(torch.cuda.Stream() if stream else None):
+        for how in ("native", "reference"):
+            out = kron_transform(*groups, implementation=how)
+            first = torch.autograd.grad(
+                sum([x.sin().sum() for x in out]), tensors, create_graph=True
+            )
+            second = torch.autograd.grad(sum([x.cos().sum() for x in first]), tensors)
+            found.append([*out, *first, *second])
+        torch.cuda.current_stream().synchronize()
+    test_kron.compare(*found)
+
+
+def test_it_compiles():
+    g, left = torch.randn(4, 3, 5, device="cuda"), torch.randn(3, 3, device="cuda")
+
+    def step(g, left):
+        return kron_transform([g], [left], implementation="native")[0]
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(g, left), left @ g)
+
+
+def test_large_items_go_to_cublas_and_small_ones_do_not():
+    g = [torch.randn(300, 30, device="cuda"), torch.randn(20, 30, device="cuda")]
     left = [torch.randn(len(x), len(x), device="cuda", requires_grad=True) for x in g]
     out = kron_transform(g, left, implementation="native")
     for u, x, a in zip(out, g, left, strict=True):

@@ -70,7 +70,7 @@ template <class S, Multiply HOW>
 void launch_grams(const Factors<S>& all, const Tensor& like) {
   const int32_t device = like.get_device_index();
   const int64_t blocks =
-      std::min<int64_t>(all.units, 8 * attribute(cudaDevAttrMultiProcessorCount, device));
+      std::min<int64_t>(all.units, kBlocks<S> * attribute(cudaDevAttrMultiProcessorCount, device));
   if (blocks == 0) return;
   launch<true>(grams<S, HOW>, dim3(static_cast<unsigned>(blocks)), Products<S, HOW>::kBytes,
                current_stream(device), all);

@@ -18,18 +18,23 @@ View<S> view(const Operand<S, RANK>& x) {
     return {x.data, s[0], 0, s[1], s[2]};
 }
 
-// The numbers of a unit fill about two tiles: B entries of n x m give n rows, and about 128
-// columns.
+// A unit has about 64 columns [n, b m], so that there are many, or an eighth of the batch, so that
+// there are not too many parts of gradients; and no more than 2^20 numbers.
 template <class S>
 int64_t chunk_of(const Item<S>& it) {
-  return std::max<int64_t>(1, 128 / std::max<int64_t>(1, it.m));
+  const int64_t numbers = std::max<int64_t>(1, it.n * it.m);
+  const int64_t chunk = std::max(64 / std::max<int64_t>(1, it.m), (it.batch + 7) / 8);
+  return std::max<int64_t>(1, std::min(chunk, (int64_t(1) << 20) / numbers));
 }
 
 template <class S>
 Work<S> work_of(Item<S>& it, int64_t i) {
   it.chunk = chunk_of(it);
-  const int64_t deepest = std::max({it.n, it.m, it.n * it.chunk, it.m * it.chunk, it.chunks()});
-  STD_TORCH_CHECK(deepest < (int64_t(1) << 31) - 512 && it.n * it.m * it.chunk < (int64_t(1) << 31),
+  // What Divisor and 32-bit counters need.
+  const int64_t size = it.n * it.m * it.chunk, most = (int64_t(1) << 32) - 1;
+  STD_TORCH_CHECK(std::max(it.n, it.m) <= 1 << 15 && size < int64_t(1) << 30 &&
+                      it.m * size <= most && it.n * it.n * it.chunk <= most &&
+                      it.chunks() < int64_t(1) << 31,
                   "fastkfo: item ", i, " is too large for its kernels: ", it.n, " x ", it.m);
   STD_TORCH_CHECK(!(it.d.left && !it.x.left) && !(it.d.right && !it.x.right), "fastkfo: item ", i,
                   " has a tangent of an absent factor");
@@ -51,13 +56,21 @@ Work<S> work_of(Item<S>& it, int64_t i) {
 
 template <class S, Multiply HOW, Pass PASS>
 void launch_works(Works<S>& works, const Tensor& like, cudaStream_t stream) {
+  if (works.units == 0) return;
+  const int32_t device = like.get_device_index();
   const int64_t blocks = std::min<int64_t>(
-      works.units, 4 * attribute(cudaDevAttrMultiProcessorCount, like.get_device_index()));
-  if (blocks == 0) return;
-  const Tensor arrays = room_for(like, blocks * Unit<S, HOW>::kArrays * works.size);
-  works.arrays = static_cast<S*>(arrays.data_ptr());
-  launch<true>(kron_units<S, HOW, PASS>, dim3(static_cast<unsigned>(blocks)),
-               Products<S, HOW>::kBytes, stream, works);
+      works.units, kBlocks<S> * attribute(cudaDevAttrMultiProcessorCount, device));
+  const int64_t numbers = kArrays<PASS> * works.size;
+  int64_t bytes = Products<S, HOW>::kBytes;
+  std::optional<Tensor> arrays;
+  if (bytes + numbers * static_cast<int64_t>(sizeof(S)) <=
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    bytes += numbers * sizeof(S);
+  } else {
+    arrays = room_for(like, blocks * numbers);
+    works.arrays = static_cast<S*>(arrays->data_ptr());
+  }
+  launch<true>(kron_units<S, HOW, PASS>, dim3(static_cast<unsigned>(blocks)), bytes, stream, works);
 }
 
 // All items, as many at a time as a launch holds.

@@ -1,7 +1,6 @@
 // What a block computes of a Kronecker update: one task of an item, and a chunk of its batch. The
-// formulas are those of fastkfo/reference/kron.py, the steps those of csrc/cpu/kron.cpp; what lies
-// between the steps is in a part of global memory that the block has to itself, and that stays in
-// the cache.
+// formulas are those of fastkfo/reference/kron.py, the steps those of csrc/cpu/kron.cpp. What lies
+// between the steps is in shared memory, or in global memory of the block's own where it is more.
 #pragma once
 
 #include "cuda/product.cuh"
@@ -53,8 +52,6 @@ template <class S, Multiply HOW>
 class Unit {
  public:
   using Product = Products<S, HOW>;
-  static constexpr int kArrays = 6;  // that are alive at once, of `size` numbers each
-
   __device__ Unit(const Work<S>& item, int64_t index, S* arrays, int64_t size, Job<S>& job, S* room)
       : it(item),
         t_(index / item.chunks),
@@ -153,11 +150,10 @@ class Unit {
   template <class F>
   __device__ void each(const F& f) const {
     const int size = batch_ * n_ * m_;
-    const Divisor matrix = Divisor::of(int64_t(n_) * m_, size);
-    const Divisor row = Divisor::of(m_, int64_t(n_) * m_);
+    const Divisor m = Divisor::of(m_), n = Divisor::of(n_);
     for (int k = threadIdx.x; k < size; k += kThreads) {
-      const int b = matrix.quotient(k), rest = k - b * n_ * m_, i = row.quotient(rest);
-      f(k, b, i, rest - i * m_);
+      const int row = m.quotient(k), b = n.quotient(row);
+      f(k, b, row - b * n_, k - row * m_);
     }
     wait_for_all();
   }
@@ -174,11 +170,11 @@ class Unit {
   // As matrices [n b, m] and [n, b m]; and a factor of this task.
   __device__ Strided<const S> tall(int which) const {
     const View<S> x = elements(which);
-    return {x.data, Axis::pair(int64_t(n_) * batch_, n_, x.batch, x.row), Axis::single(x.column)};
+    return {x.data, Axis::pair(n_, x.batch, x.row), Axis::single(x.column)};
   }
   __device__ Strided<const S> wide(int which) const {
     const View<S> x = elements(which);
-    return {x.data, Axis::single(x.row), Axis::pair(int64_t(m_) * batch_, m_, x.batch, x.column)};
+    return {x.data, Axis::single(x.row), Axis::pair(m_, x.batch, x.column)};
   }
   __device__ Strided<const S> factor(int x, bool transposed = false) const {
     const View<S>& v = it.view[x];
@@ -312,6 +308,12 @@ class Unit {
 
 enum class Pass { kForward, kBackward, kDoubleBackward };
 
+// Arrays of a unit that are alive at once.
+template <Pass PASS>
+constexpr int kArrays = PASS == Pass::kForward    ? 2
+                        : PASS == Pass::kBackward ? 3
+                                                  : 6;
+
 constexpr int kMostItems = 32;  // of a launch
 
 // A launch travels with its items, so that a captured graph owns them.
@@ -320,7 +322,7 @@ struct Works {
   Work<S> item[kMostItems];
   int32_t count;
   int64_t units;
-  S* arrays;
+  S* arrays;     // null: they are in shared memory
   int64_t size;  // of one array
 };
 
@@ -330,7 +332,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   using One = Unit<S, HOW>;
   auto& job = *reinterpret_cast<Job<S>*>(shared_memory);
   auto* room = reinterpret_cast<S*>(shared_memory + One::Product::kJobBytes);
-  auto* arrays = all.arrays + blockIdx.x * One::kArrays * all.size;
+  auto* arrays =
+      all.arrays ? all.arrays + blockIdx.x * kArrays<PASS> * all.size : room + One::Product::kRoom;
   for (int64_t u = blockIdx.x; u < all.units; u += gridDim.x) {
     int i = all.count - 1;
     while (all.item[i].first > u) --i;

@@ -13,28 +13,28 @@ namespace fastkfo::cuda {
 // How numbers are multiplied: as they are, or on tensor cores, rounded to TF32.
 enum class Multiply { kExactly, kTensorCores };
 
-// Quotients of numbers below `most` by a multiplication, where 32 bits suffice for that.
+// Quotients by a multiplication: right for i below 2^32 / by.
 struct Divisor {
-  uint32_t by, reciprocal;  // times 2^32; 0: divide
-  __device__ static Divisor of(int64_t divisor, int64_t most) {
-    const uint32_t by = static_cast<uint32_t>(divisor);
-    return {by, by > 1 && divisor * most <= int64_t(0xffffffff) ? 0xffffffffu / by + 1 : 0};
+  uint32_t by, reciprocal;  // times 2^32, rounded up; 0 for by = 1
+  __device__ static Divisor of(int by) {
+    const uint32_t n = static_cast<uint32_t>(by);
+    return {n, n > 1 ? 0xffffffffu / n + 1 : 0};
   }
   __device__ uint32_t quotient(uint32_t i) const {
-    return reciprocal ? __umulhi(i, reciprocal) : i / by;
+    return reciprocal ? __umulhi(i, reciprocal) : i;
   }
 };
 
 // Where the rows or the columns of a matrix are. One that counts through two axes of a tensor has
 // i = outer index * inner size + inner index.
 struct Axis {
-  Divisor inner;
+  Divisor inner;  // of 0: a single axis
   int64_t outer, step;
 
   __device__ static Axis single(int64_t step) { return {{0, 0}, 0, step}; }
-  __device__ static Axis pair(int64_t size, int64_t inner_size, int64_t outer, int64_t step) {
+  __device__ static Axis pair(int inner_size, int64_t outer, int64_t step) {
     if (inner_size <= 1) return single(outer);
-    return {Divisor::of(inner_size, size), outer, step};
+    return {Divisor::of(inner_size), outer, step};
   }
   __device__ int64_t at(uint32_t i) const {
     if (inner.by == 0) return i * step;
@@ -84,7 +84,8 @@ struct ScalarTile {
   static constexpr int kResults = 16;
   S sums[kResults] = {};
 
-  __device__ static int group() { return threadIdx.x / kThreadsEach; }
+  __device__ static S staged(S x) { return x; }
+  __device__ static int group() { return kGroups == 1 ? 0 : threadIdx.x / kThreadsEach; }
   __device__ static int row(int k) { return thread() / kAcross * 4 + k / 4; }
   __device__ static int column(int k) { return thread() % kAcross * 4 + k % 4; }
 
@@ -92,7 +93,7 @@ struct ScalarTile {
   __device__ void add(const S* a, const S* b) {
     const S* left = a + row(0);
     const S* right = b + column(0);
-#pragma unroll 4
+#pragma unroll 2
     for (int k = group(); k < DEPTH; k += kGroups) {
       const auto x = *reinterpret_cast<const Four<S>*>(left + k * (ROWS + kPadding));
       const auto y = *reinterpret_cast<const Four<S>*>(right + k * (COLUMNS + kPadding));
@@ -118,7 +119,9 @@ struct TensorTile {
   static constexpr int kResults = 4 * kDown * kOver;
   float sums[kResults] = {};
 
-  __device__ static int group() { return threadIdx.x / 32 / kWarpsEach; }
+  // Numbers are rounded on their way into shared memory, each of them once.
+  __device__ static float staged(float x) { return __uint_as_float(as_tf32(x)); }
+  __device__ static int group() { return kGroups == 1 ? 0 : threadIdx.x / 32 / kWarpsEach; }
   __device__ static int row(int k) {
     return first_row() + k / 4 / kOver * 16 + lane() / 4 + k % 4 / 2 * 8;
   }
@@ -137,14 +140,14 @@ struct TensorTile {
       uint32_t y[kOver][2];
 #pragma unroll
       for (int j = 0; j < kOver; ++j) {
-        y[j][0] = as_tf32(right[8 * j]);
-        y[j][1] = as_tf32(right[8 * j + 4 * kB]);
+        y[j][0] = __float_as_uint(right[8 * j]);
+        y[j][1] = __float_as_uint(right[8 * j + 4 * kB]);
       }
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
         const float* l = left + 16 * i;
-        const uint32_t x[4] = {as_tf32(l[0]), as_tf32(l[8]), as_tf32(l[4 * kA]),
-                               as_tf32(l[4 * kA + 8])};
+        const uint32_t x[4] = {__float_as_uint(l[0]), __float_as_uint(l[8]),
+                               __float_as_uint(l[4 * kA]), __float_as_uint(l[4 * kA + 8])};
 #pragma unroll
         for (int j = 0; j < kOver; ++j) multiply_tf32(sums + 4 * (i * kOver + j), x, y[j]);
       }
@@ -162,7 +165,7 @@ template <class S, Multiply HOW>
 class Products {
  public:
   // Numbers of shared memory that `room` has, and bytes of it with a job in front.
-  static constexpr int kRoom = 16 * (256 + 16 + 2 * kPadding);
+  static constexpr int kRoom = 4096;
   static constexpr int kJobBytes = (sizeof(Job<S>) + 15) / 16 * 16;
   static constexpr int kBytes = kJobBytes + kRoom * static_cast<int>(sizeof(S));
 
@@ -172,9 +175,9 @@ class Products {
     if (job.rows <= 16 && job.columns <= 16)
       tiles<16, 16>(job, room);
     else if (job.columns <= 16)
-      tiles<256, 16>(job, room);
+      tiles<128, 16>(job, room);
     else if (job.rows <= 16)
-      tiles<16, 256>(job, room);
+      tiles<16, 128>(job, room);
     else
       tiles<64, 64>(job, room);
   }
@@ -187,7 +190,7 @@ class Products {
   template <int ROWS, int COLUMNS>
   __device__ static void tiles(const Job<S>& job, S* room) {
     using One = Tile<ROWS, COLUMNS>;
-    constexpr int kDepth = One::kGroups > 1 ? 64 : 16;
+    constexpr int kDepth = ROWS * COLUMNS == 256 ? 64 : 16;
     static_assert(kDepth * (ROWS + COLUMNS + 2 * kPadding) <= kRoom);
     static_assert(One::kGroups == 1 || One::kGroups * ROWS * COLUMNS <= kRoom);
     const int rows = job.rows, columns = job.columns, count = job.count;
@@ -197,9 +200,14 @@ class Products {
         One tile;
         for (int i = 0; i < count; ++i) {
           const Term<S>& term = job.term[i];
+          Side<One, ROWS, kDepth> left(term.a.data, term.a.row, term.a.column, r, rows, term.depth);
+          Side<One, COLUMNS, kDepth> right(term.b.data, term.b.column, term.b.row, c, columns,
+                                           term.depth);
           for (int k = 0; k < term.depth; k += kDepth) {
-            stage<ROWS, kDepth>(term.a, term.a.row, term.a.column, r, rows, k, term.depth, a);
-            stage<COLUMNS, kDepth>(term.b, term.b.column, term.b.row, c, columns, k, term.depth, b);
+            left.load(k);
+            right.load(k);
+            left.store(a);
+            right.store(b);
             wait_for_all();
             tile.template add<kDepth>(a, b);
             wait_for_all();
@@ -210,21 +218,49 @@ class Products {
     wait_for_all();
   }
 
-  // side [DEPTH, SIZE]: elements `first` to `first + SIZE` of one side, `k` to `k + DEPTH` deep;
-  // zeros beyond. Neighbouring threads read along the axis that has no gaps.
-  template <int SIZE, int DEPTH>
-  __device__ static void stage(const Strided<const S>& source, const Axis& its_along,
-                               const Axis& its_deep, int first, int size, int k, int depth,
-                               S* side) {
-    const Axis along = its_along, deep = its_deep;  // out of shared memory, which is written here
-    const S* data = source.data;
-    const bool deep_first = deep.step == 1;
-    for (int e = threadIdx.x; e < SIZE * DEPTH; e += kThreads) {
-      const int i = deep_first ? e / DEPTH : e % SIZE, d = deep_first ? e % DEPTH : e / SIZE;
-      const bool there = first + i < size && k + d < depth;
-      side[d * (SIZE + kPadding) + i] = there ? data[along.at(first + i) + deep.at(k + d)] : S(0);
+  // One side of a product, SIZE of its elements from `first` on, DEPTH at a time: through
+  // registers, so that all loads are under way at once, into shared memory [DEPTH, SIZE], zeros
+  // where there is nothing. Neighbouring threads read along the axis that has no gaps; a thread's
+  // place on that axis stays the same.
+  template <class One, int SIZE, int DEPTH>
+  struct Side {
+    static constexpr int kEach = SIZE * DEPTH / kThreads;
+    static_assert(kThreads % SIZE == 0 && kThreads % DEPTH == 0);
+    const S* data;
+    const Axis &along, &deep;  // in shared memory, and read anew: registers are few
+    const int first, size, depth;
+    const bool deep_first;
+    S x[kEach];
+
+    __device__ Side(const S* data_, const Axis& along_, const Axis& deep_, int first_, int size_,
+                    int depth_)
+        : data(data_),
+          along(along_),
+          deep(deep_),
+          first(first_),
+          size(size_),
+          depth(depth_),
+          deep_first(deep_.step == 1) {}
+    // Of this thread's n-th element.
+    __device__ int place(int n) const {
+      return deep_first ? threadIdx.x / DEPTH + n * (kThreads / DEPTH) : threadIdx.x % SIZE;
     }
-  }
+    __device__ int level(int n) const {
+      return deep_first ? threadIdx.x % DEPTH : threadIdx.x / SIZE + n * (kThreads / SIZE);
+    }
+    __device__ void load(int k) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) {
+        const int i = first + place(n), d = k + level(n);
+        x[n] = i < size && d < depth ? data[along.at(i) + deep.at(d)] : S(0);
+      }
+    }
+    __device__ void store(S* side) const {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n)
+        side[level(n) * (SIZE + kPadding) + place(n)] = One::staged(x[n]);
+    }
+  };
 
   template <int ROWS, int COLUMNS, class One>
   __device__ static void deliver(const One& tile, int r, int rows, int c, int columns,

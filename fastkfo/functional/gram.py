@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastkfo import reference
 from fastkfo.functional import checks
 from fastkfo.functional.function import apply, batched_first, with_eager_form
 from fastkfo.kernels import selector
-from fastkfo.kernels.kron import is_large, run
+from fastkfo.kernels.kron import gram_for_blas, run
 
 
 def gram(factors: Sequence[Tensor], *, implementation: str = "auto") -> list[Tensor]:
@@ -56,7 +57,7 @@ def gram_unchecked(factors: list[Tensor], implementation: str = "auto") -> list[
     device = factors[0].device
     how = selector.select(implementation, device, "kron")
     if how != "reference" and device.type != "cpu":
-        large = [i for i, x in enumerate(factors) if is_large(*x.shape[-2:])]
+        large = [i for i, x in enumerate(factors) if _for_blas(x)]
         if large and len(large) < len(factors):
             small = [i for i in range(len(factors)) if i not in large]
             return checks.scatter(
@@ -68,6 +69,10 @@ def gram_unchecked(factors: list[Tensor], implementation: str = "auto") -> list[
         with checks.without_autocast(device):
             return [reference.gram.gram(factor) for factor in factors]
     return list(apply(Gram, how, *factors))
+
+
+def _for_blas(factor: Tensor) -> bool:
+    return gram_for_blas(math.prod(factor.shape[:-2]), *factor.shape[-2:])
 
 
 def _vmap(

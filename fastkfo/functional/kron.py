@@ -350,7 +350,7 @@ def kron_unchecked(
     device = grads[0].device  # type: ignore[union-attr]
     how = selector.select(implementation, device, "kron")
     if how != "reference" and device.type != "cpu":
-        large = [i for i in range(len(grads)) if _is_large(dims[4 * i : 4 * i + 4], groups, i)]
+        large = [i for i in range(len(grads)) if _for_blas(dims[4 * i : 4 * i + 4], groups, i)]
         if large and len(large) < len(grads):
             small = [i for i in range(len(grads)) if i not in large]
             return checks.scatter(
@@ -366,14 +366,11 @@ def kron_unchecked(
     return list(call(KronForward, dims, alpha, (how,), groups))
 
 
-def _is_large(dims: Sequence[int], groups: Mapping[int, Group], i: int) -> bool:
+def _for_blas(dims: Sequence[int], groups: Mapping[int, Group], i: int) -> bool:
     """Whether an item's products are better left to cuBLAS."""
-    sides = [
-        size
-        for bit, size in ((LEFT, dims[2]), (RIGHT, dims[3]))
-        if groups.get(bit) and groups[bit][i] is not None
-    ]
-    return kernels.is_large(*sides)
+    factors = any([bool(groups.get(b)) and groups[b][i] is not None for b in (LEFT, RIGHT)])
+    tasks, batch, n, m = dims
+    return kernels.for_blas(tasks, batch, n, m, factors)
 
 
 def _some(

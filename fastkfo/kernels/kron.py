@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
-# From here on a product fills a GPU by itself, and cuBLAS is faster than our kernels.
-LARGE = 256
+# Beyond this a product fills a GPU by itself. A block takes one unit (csrc/cuda/kron.cuh), a task's
+# 64 columns or so: of more than HEAVY multiplications, there must be enough for all blocks.
+LARGE, HEAVY, MANY = 256, 1 << 20, 128
 
 
 def run(implementation: str, name: str, *args: Any) -> list[Tensor]:
@@ -34,10 +35,7 @@ def run(implementation: str, name: str, *args: Any) -> list[Tensor]:
     first = args[0][0]
     if not first.is_cuda:
         return op(*args)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if first.dtype not in LOW:
-        return op(*args, tf32)
-    return in_float32(op, *args, tf32)
+    return in_float32(op, *args) if first.dtype in LOW else op(*args, _tf32_is_allowed())
 
 
 def in_float32(op: Any, *args: Any) -> list[Tensor]:
@@ -59,15 +57,35 @@ def in_float32(op: Any, *args: Any) -> list[Tensor]:
     return [x.to(args[0][0].dtype) for x in op(*widened)]
 
 
-def is_large(*sides: int) -> bool:
-    """Whether products with factors of these sizes are left to the formula, and so to cuBLAS.
+def _tf32_is_allowed() -> bool:
+    """PyTorch's switch for products of matrices; its older name raises where both are used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
-    On GPUs alone: the CPU's kernels are as fast as a BLAS at any size.
+
+# Dynamo cannot trace the switch; it makes a guard of it, so that this is no constant for good.
+_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def for_blas(tasks: int, batch: int, n: int, m: int, factors: bool) -> bool:
+    """Whether an item is left to the formula on a GPU, and so to cuBLAS.
 
     Args:
-        sides: n of an item's left factor, m of its right one, of those that are there.
+        tasks: T.
+        batch: B.
+        n: rows of the gradient.
+        m: columns of the gradient.
+        factors: whether it has any.
 
     Returns:
-        Whether one is above `LARGE`.
+        Whether it is.
     """
-    return max(sides, default=0) > LARGE
+    if not factors or max(n, m) > LARGE:
+        return True
+    columns = batch * m
+    units = tasks * -(-columns // 64)
+    return n * min(columns, max(64, m)) * (n + m) > HEAVY and units < MANY
+
+
+def gram_for_blas(count: int, rows: int, n: int) -> bool:
+    """The same of `LᵀL`, for `count` factors [rows, n]."""
+    return max(rows, n) > LARGE or (rows * n * 64 > HEAVY and count * -(-n // 64) < MANY)

@@ -13,7 +13,7 @@ from fastkfo.functional.function import apply
 from fastkfo.functional.gram import gram_unchecked
 from fastkfo.functional.kron_autograd import KronForward
 from fastkfo.functional.kron_layout import BIAS, GRAD, LEFT, PARAM, RIGHT
-from fastkfo.kernels.kron import is_large
+from fastkfo.kernels.kron import for_blas
 from fastkfo.kernels.selector import select
 from fastkfo.optim.recognise import HOOKS, KroneckerPart, global_hooks, kind_of, kronecker_part
 
@@ -92,7 +92,7 @@ class KroneckerStep:
             return None
         if select("auto", grads[0].device, "kron") != "native":
             return None
-        if grads[0].device.type != "cpu" and any([is_large(*part.dims[2:]) for part in parts]):
+        if grads[0].device.type != "cpu" and any([for_blas(*part.dims, True) for part in parts]):
             return None
         return KroneckerStep(transforms, grads, parts, lr, cache)
 

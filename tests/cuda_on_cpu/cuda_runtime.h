@@ -139,13 +139,20 @@ S __shfl_down_sync(unsigned, S value, int by) {
 
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 
-namespace fastkfo::cuda {
-
-inline uint32_t as_tf32(float x) {
+inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(x));
-  return (bits + 0x1000) & 0xffffe000;
+  return bits;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+namespace fastkfo::cuda {
+
+inline uint32_t as_tf32(float x) { return (__float_as_uint(x) + 0x1000) & 0xffffe000; }
 
 // csrc/cuda/tensor_cores.cuh says which lane has what.
 inline void multiply_tf32(float* c, const uint32_t* a, const uint32_t* b) {
@@ -154,16 +161,11 @@ inline void multiply_tf32(float* c, const uint32_t* a, const uint32_t* b) {
   memcpy(block.lanes[t].a, a, sizeof(Block::Lane::a));
   memcpy(block.lanes[t].b, b, sizeof(Block::Lane::b));
   block.wait();
-  const auto number = [](uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-  };
   for (size_t k = 0; k < 4; ++k) {
     const size_t row = lane / 4, column = lane % 4 * 2 + k % 2;
     for (size_t i = 0; i < 8; ++i)
-      c[k] += number(block.lanes[warp + row * 4 + i % 4].a[i / 4 * 2 + k / 2]) *
-              number(block.lanes[warp + column * 4 + i % 4].b[i / 4]);
+      c[k] += __uint_as_float(block.lanes[warp + row * 4 + i % 4].a[i / 4 * 2 + k / 2]) *
+              __uint_as_float(block.lanes[warp + column * 4 + i % 4].b[i / 4]);
   }
   block.wait();
 }
