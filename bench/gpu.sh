@@ -104,7 +104,7 @@ sanitize() {
   return "$code"
 }
 
-TRITON_TESTS=(tests/test_triton_{conv,norm,pool,kron}.py)
+TRITON_TESTS=(tests/test_triton_{conv,norm,pool,kron,gram}.py)
 TRITON_SUBSET="cuda and float32 and not large and not elements"
 
 # checked TOOL KERNELS TESTS...

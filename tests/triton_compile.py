@@ -110,11 +110,14 @@ def nvidia_usage(asm):
 
 
 def amd_usage(asm):
-    """The same from the assembler's text, and how many registers were spilled, wherever to."""
+    """The same from the assembler's text, and how many registers were spilled, wherever to.
+
+    Scalar ones go to lanes of vector registers; what of those goes to memory is counted there.
+    """
     read = dict(re.findall(r"\.(\w+): +(\d+)$", asm["amdgcn"], re.MULTILINE))
     return {
         "registers": int(read["vgpr_count"]), "local": int(read["private_segment_fixed_size"]),
-        "spilled": int(read["vgpr_spill_count"]) + int(read["sgpr_spill_count"]),
+        "spilled": int(read["vgpr_spill_count"]),
         "size": len(asm["hsaco"]),
     }  # fmt: skip
 
