@@ -148,7 +148,7 @@ sanitize() {
 }
 
 FUSED_SUBSET="test_options or test_adapted or test_every_model and 3"
-TRITON_TESTS=(tests/test_triton_{conv,norm,pool,kron}.py)
+TRITON_TESTS=(tests/test_triton_{conv,norm,pool,kron,gram}.py)
 TRITON_SUBSET="cuda and float32 and not large and not elements"
 
 # checked TOOL KERNELS TESTS...

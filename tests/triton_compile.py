@@ -2,10 +2,12 @@
 
 Runs in a process of its own, without TRITON_INTERPRET:
 
-    PYTHONPATH=. python tests/triton_compile.py 80,90 float32,tf32,bfloat16
+    PYTHONPATH=. python tests/triton_compile.py 90 float32,tf32,bfloat16
+    PYTHONPATH=. python tests/triton_compile.py gfx942 float32,bfloat16,float64
 
-The operands have shapes and no data (device "meta"); instead of a launch there is a compilation for
-each compute capability named. What two launches share is compiled once.
+The first argument is a compute capability of NVIDIA's, or the name of an architecture of AMD's. The
+operands have shapes and no data (device "meta"); instead of a launch there is a compilation. What
+two launches share is compiled once.
 """
 
 import json
@@ -32,14 +34,31 @@ NAMES = {
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
-def source(kernel, arguments, constants):
+def target_of(name):
+    """The GPU that a name on the command line means."""
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name), 32)
+
+
+def pointer(x, target):
+    """What is known of a tensor's address; on AMD also whether 32 bits lead to its end."""
+    known = [["tt.divisibility", 16]]
+    if target.backend == "hip" and x.untyped_storage().nbytes() < 2**31:
+        known.append(["tt.pointer_range", 32])
+    return known
+
+
+def source(kernel, arguments, constants, target):
     """What Triton's launcher derives from the arguments of a call."""
     signature, constexprs, attributes = {}, dict(constants), {}
     for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
         name, special = parameter.name, not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = f"*{NAMES[value.dtype]}"
-            attributes[i,] = [["tt.divisibility", 16]]
+            attributes[i,] = pointer(value, target)
+        elif parameter.annotation_type:
+            signature[name] = parameter.annotation_type
         elif value is None or (value == 1 and special):
             signature[name], constexprs[name] = "constexpr", value
         else:
@@ -54,37 +73,53 @@ def source(kernel, arguments, constants):
 class Compiler:
     """Takes the place of launch.run."""
 
-    def __init__(self, capabilities):
-        self.capabilities = capabilities
+    def __init__(self, target):
+        self.target = target
         self.dtype = None
         self.done = set()
 
     def __call__(self, kernel, grid, tile, *arguments, **constants):
-        given = source(kernel, arguments, constants)
+        given = source(kernel, arguments, constants, self.target)
         key = (given.hash(), tile.warps, tile.stages)
         if key in self.done:
             return
         self.done.add(key)
-        for capability in self.capabilities:
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            made = triton.compile(given, GPUTarget("cuda", capability, 32), options)
-            row = {
-                "kernel": kernel.__name__, "dtype": self.dtype, "capability": capability,
-                "tile": tile, "shared": made.metadata.shared, "cubin": len(made.asm["cubin"]),
-                **resources(made.asm["cubin"]),
-            }  # fmt: skip
-            print(json.dumps(row), flush=True)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        made = triton.compile(given, self.target, options)
+        found = amd_usage(made.asm) if self.target.backend == "hip" else nvidia_usage(made.asm)
+        row = {
+            "kernel": kernel.__name__, "dtype": self.dtype, "target": str(self.target.arch),
+            "tile": tile, "shared": made.metadata.shared, "precision": constants.get("PRECISION"),
+            "constants": str(constants), **found,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
 
 
-def resources(cubin):
+def nvidia_usage(asm):
     """Registers, and bytes of local memory: the stack that spilled registers take."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said).groups()
-    return {"registers": int(registers), "local": int(stack) + int(local)}
+    return {
+        "registers": int(registers), "local": int(stack) + int(local), "spilled": 0,
+        "size": len(asm["cubin"]),
+    }  # fmt: skip
+
+
+def amd_usage(asm):
+    """The same from the assembler's text, and how many registers were spilled, wherever to.
+
+    Scalar ones go to lanes of vector registers; what of those goes to memory is counted there.
+    """
+    read = dict(re.findall(r"\.(\w+): +(\d+)$", asm["amdgcn"], re.MULTILINE))
+    return {
+        "registers": int(read["vgpr_count"]), "local": int(read["private_segment_fixed_size"]),
+        "spilled": int(read["vgpr_spill_count"]),
+        "size": len(asm["hsaco"]),
+    }  # fmt: skip
 
 
 def meta(dtype, *shape):
@@ -128,21 +163,53 @@ def pool(dtype):
     ops.avg_pool2d_backward(y, [42, 42], *window, True, 0)
 
 
-def main(capabilities, dtypes):
+def kron(dtype, batch, n, m, full, *absent):
+    """An item with everything but what is absent; S full, or one number of each task."""
+    tasks = 4
+    shapes = {"left": (n, n), "right": (m, m), "bias": (n, m)}
+    x = meta(dtype, tasks, batch, n, m)
+    given = [None if name in absent else meta(dtype, tasks, *shapes[name]) for name in shapes]
+    operands = [[one] for one in (x, *given, x if full else meta(dtype, tasks, 1, 1, 1))]
+    dims, alpha = [tasks, batch, n, m], [0.1]
+    wanted = sum(1 << k for k, (one,) in enumerate(operands) if one is not None)
+    ops.kron_forward(*operands, [x], dims, alpha)
+    ops.kron_backward([x], *operands, dims, alpha, [wanted])
+    ops.kron_double_backward([x], *operands, *operands, dims, alpha, [wanted | 32])
+
+
+def gram(dtype, rows, n):
+    x, square = meta(dtype, 4, rows, n), meta(dtype, 4, n, n)
+    ops.gram([x])
+    ops.gram_jvp([x], [x])
+    ops.gram_vjp([x], [square])
+
+
+def main(target, dtypes):
     """Representative layers: few channels and many, the most chunks that there are, the least."""
-    compiler = launch.run = Compiler(capabilities)
+    compiler = launch.run = Compiler(target)
+    launch.platform = lambda: target.backend
     for name in dtypes:
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        switch = "tf32" if name == "tf32" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = switch
+        torch.backends.cuda.matmul.fp32_precision = switch
         dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         compiler.dtype = name
         conv(dtype, 25, 42, 64, 64)
         conv(dtype, 25, 84, 3, 32, stride=(2, 2))
         norm(dtype, 25 * 84 * 84, 64)
         pool(dtype)
+        gram(dtype, 64, 64)
+        if name != "tf32":  # one product where float32 takes three: what fits those fits it
+            kron(dtype, 2048, 32, 9, True)
+        if name in ("float32", "float64"):
+            kron(dtype, 2048, 64, 9, False)
         if name == "float32":
             bare_conv(dtype)
             norm(dtype, 25, 1, full=False)
+            kron(dtype, 1, 32, 1, False)
+            kron(dtype, 2048, 1, 32, True)
+            kron(dtype, 2**20, 1, 1, True, "left", "right", "bias")
 
 
 if __name__ == "__main__":
-    main([int(x) for x in sys.argv[1].split(",")], sys.argv[2].split(","))
+    main(target_of(sys.argv[1]), sys.argv[2].split(","))

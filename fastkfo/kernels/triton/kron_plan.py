@@ -37,7 +37,7 @@ _TILES = {
     ("hip", 64): {
         "kron_forward": Tile(2048, 64, 64, 8, 1),
         "kron_backward": Tile(2048, 64, 64, 8, 1),
-        "kron_double_backward": Tile(1024, 32, 32, 8, 1),
+        "kron_double_backward": Tile(512, 32, 32, 8, 1),
     },
 }
 _BATCH = 2**30  # entries of a task that 32 bits count, with room for the last tile

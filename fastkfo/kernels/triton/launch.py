@@ -66,6 +66,7 @@ _CONV = {
         "double": _DOUBLE,
     },
 }
+# Of a product of factors; not measured.
 _GRAM = Tile(32, 32, 32, 4, 2)
 # Elements of a tile of the kernels that take no products of matrices.
 _ELEMENTS = {"norm": 2048, "norm_double": 1024, "pool": 1024}
@@ -135,7 +136,7 @@ def _within(tile: Tile, rows: int, columns: int) -> Tile:
 
 def gram_tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
     """The tile of a product of factors `[rows, columns]`."""
-    tile = _GRAM._replace(depth=16) if dtype == torch.float64 else _GRAM
+    tile = _GRAM._replace(warps=8) if dtype == torch.float64 else _GRAM
     return _within(tile, rows, columns)
 
 
