@@ -33,6 +33,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
 
+AUTOMODULE = re.compile(r"^\.\. automodule:: (\S+)", re.M)
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+[^)#]*)(#[^)]*)?\)")
 warn = logging.getLogger(__name__).warning
 
@@ -51,6 +52,21 @@ def reach_outside(app, page, source):
         source[0] = OUTSIDE.sub(replaced, source[0])
 
 
+def add_modules(app, page, source):
+    """A module that a package's `__all__` names, and no page does, gets a section of its own."""
+    if not page.startswith("api/"):
+        return
+    written = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.rst"))
+    for package in map(importlib.import_module, AUTOMODULE.findall(source[0])):
+        for name in package.__all__:
+            module = getattr(package, name)
+            if isinstance(module, ModuleType) and module.__name__ not in written:
+                twice = [n for n in module.__all__ if n in package.__all__]
+                title = f"\n{module.__name__}\n{'-' * len(module.__name__)}\n"
+                source[0] += f"{title}\n.. automodule:: {module.__name__}\n"
+                source[0] += f"   :exclude-members: {', '.join(twice)}\n" if twice else ""
+
+
 def without_aliases(app, what, name, thing, skip, options):
     """Fields of a named tuple are described under its attributes already."""
     return True if type(thing).__name__ == "_tuplegetter" else None
@@ -61,7 +77,7 @@ def complete(app, env):
     described = {name for name, *_ in env.domains["py"].get_objects()}
     things = {id(thing) for thing in map(pydoc.locate, described) if callable(thing)}
     for page in sorted((DOCS / "api").glob("*.rst")):
-        for name in re.findall(r"^\.\. automodule:: (\S+)", page.read_text(), re.M):
+        for name in AUTOMODULE.findall(page.read_text()):
             module = importlib.import_module(name)
             for public in module.__all__:
                 thing = getattr(module, public)
@@ -73,5 +89,6 @@ def complete(app, env):
 def setup(app):
     """Sphinx calls this."""
     app.connect("source-read", reach_outside)
+    app.connect("source-read", add_modules)
     app.connect("autodoc-skip-member", without_aliases)
     app.connect("env-check-consistency", complete)
