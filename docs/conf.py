@@ -22,6 +22,7 @@ html_theme = "furo"
 html_title = "fastkfo"
 nb_execution_mode = "off"
 myst_heading_anchors = 4  # as GitHub makes them
+highlight_language = "none"  # of blocks that name none: formulas
 
 # Docstrings are in Google's style, with single backticks around code.
 default_role = "literal"
