@@ -15,7 +15,7 @@ def main() -> None:
     """Execute the notebook, without times and versions, so that a second run changes nothing."""
     notebook = nbformat.read(PATH, as_version=4)
     NotebookClient(notebook, record_timing=False).execute()
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     nbformat.write(notebook, PATH)
 
 
