@@ -1,4 +1,4 @@
-# demo, test, bench, lint and format work from a fresh clone with no more than python3 (3.10 or
+# demo, test, bench, docs, lint and format work from a fresh clone with no more than python3 (3.10 or
 # newer), a C++ compiler and make: each sets up .venv itself, and a repeated call does only what
 # changed.
 SHELL := /bin/bash -o pipefail
@@ -21,12 +21,13 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 LEARN2LEARN := .cache/learn2learn-0.2.0
 LEARN2LEARN_SHA256 := 69f1d7cb0d0a6be7a2c6ad8e83e2ebbe70fb05e51d61e45e63078b40c75ea419
 
-.PHONY: help demo test bench lint format sanitize gpu clean
+# docs is a folder, too.
+.PHONY: help demo test bench docs lint format sanitize gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make demo | test | bench | lint | format | sanitize | gpu OUT=folder | clean    (TORCH=$(TORCH))"
+	@echo "make demo | test | bench | docs | lint | format | sanitize | gpu OUT=folder | clean    (TORCH=$(TORCH))"
 
 demo: $(VENV)/.stamp-demo $(NATIVE)
 	$(ACTIVATE) fastkfo demo $(DEMO_ARGS)
@@ -43,6 +44,10 @@ test: $(VENV)/.stamp-test $(NATIVE) $(LEARN2LEARN)/setup.py
 # Five minutes: a selection of meta-gradients beside learn2learn, the reference, vmap and JAX.
 bench: $(VENV)/.stamp-bench $(NATIVE) $(LEARN2LEARN)/setup.py
 	$(ACTIVATE) LEARN2LEARN_SRC="$(CURDIR)/$(LEARN2LEARN)" fastkfo bench $(BENCH_ARGS)
+
+# To build/docs/index.html. A warning is an error; nothing is fetched.
+docs: $(VENV)/.stamp-docs
+	$(ACTIVATE) python -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/.stamp-dev
 	$(ACTIVATE) ruff check
@@ -76,13 +81,13 @@ $(TORCH_STAMP):
 	rm -f $(VENV)/.stamp-*
 	touch $@
 
-# .stamp-demo, .stamp-test and .stamp-dev: fastkfo, editable, with that extra.
+# .stamp-demo, .stamp-test, .stamp-docs and .stamp-dev: fastkfo, editable, with that extra.
 $(VENV)/.stamp-%: pyproject.toml $(BUILD) $(TORCH_STAMP)
 	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
 	touch $@
 
-# Linting compiles nothing.
-$(VENV)/.stamp-dev: export FASTKFO_BUILD_NATIVE = 0
+# Linting and pages compile nothing.
+$(VENV)/.stamp-dev $(VENV)/.stamp-docs: export FASTKFO_BUILD_NATIVE = 0
 
 $(NATIVE): $(CSRC) $(BUILD) | $(TORCH_STAMP)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace

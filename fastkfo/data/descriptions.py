@@ -49,7 +49,7 @@ TaskDescription = list[DataDescription]
 
 
 class TaskTransform:
-    """A step in drawing a task: from a list of `DataDescription`s to another.
+    """A step in drawing a task: from a list of `DataDescription` to another.
 
     Subclasses define `__call__(task_description)`, where None means all samples, see `new_task`.
 

@@ -146,7 +146,7 @@ class UnionMetaDataset(MetaDataset):
         datasets: Data sets; those that are no `MetaDataset` become one.
 
     Attributes:
-        datasets: As given, as `MetaDataset`s.
+        datasets: As given, each a `MetaDataset`.
 
     Raises:
         TypeError: If one of them is no data set.

@@ -1,4 +1,4 @@
-"""The steps by which tasks are drawn: from a list of `DataDescription`s to another.
+"""The steps by which tasks are drawn: from a list of `DataDescription` to another.
 
 Draws are from Python's global `random`, in learn2learn's order: the same seed gives its tasks.
 

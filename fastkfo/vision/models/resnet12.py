@@ -57,7 +57,7 @@ class DropBlock(nn.Module):
             gamma: γ.
 
         Returns:
-            `[B, C, H, W]`: M x · |M| / ΣM for the mask M in training, x itself otherwise. If M is
+            `[B, C, H, W]`: `M x · |M| / ΣM` for the mask M in training, x itself otherwise. If M is
             all zero, so is the result (learn2learn's is NaN).
 
         Raises:
