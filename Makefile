@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
 WORKERS ?= 2
+# The long files come first (tests/conftest.py), not those of the most tests.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -37,8 +39,8 @@ demo: $(VENV)/.stamp-demo $(NATIVE)
 test: export OMP_WAIT_POLICY = passive
 test: export LEARN2LEARN_SRC = $(CURDIR)/$(LEARN2LEARN)
 test: $(VENV)/.stamp-test $(NATIVE) $(LEARN2LEARN)/setup.py
-	$(ACTIVATE) python -m pytest -n $(WORKERS) --dist loadfile --require-native $(PYTEST_ARGS)
-	$(ACTIVATE) FASTKFO_LIBRARY=/nonexistent/fastkfo.so python -m pytest -n $(WORKERS) --dist loadfile \
+	$(ACTIVATE) python -m pytest $(PARALLEL) --require-native $(PYTEST_ARGS)
+	$(ACTIVATE) FASTKFO_LIBRARY=/nonexistent/fastkfo.so python -m pytest $(PARALLEL) \
 	    --require-reference -m "not slow" --hypothesis-profile=quick $(PYTEST_ARGS)
 
 # Five minutes: a selection of meta-gradients beside learn2learn, the reference, vmap and JAX.
