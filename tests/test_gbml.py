@@ -312,7 +312,7 @@ def test_compiled_models(how):
     ("options", "error", "message"),
     [
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
-        ({"lr": "1"}, TypeError, "lr: expected a number or a tensor, got str"),
+        ({"lr": "1"}, TypeError, "lr: expected a number, a tensor or a PerStepLR, got str"),
         ({"module": 3}, TypeError, r"module: expected a torch\.nn\.Module, got int"),
         ({"adapt_update": True}, TypeError, "unexpected keyword arguments .'adapt_update'"),
     ],

@@ -63,7 +63,7 @@ BAD = [
     (
         lambda: learner(inner_optimizer=torch.optim.SGD([torch.ones(1)], 0.1)),
         TypeError,
-        "inner_optimizer: expected None or an InnerOptimizer .* got SGD",
+        "inner_optimizer: expected None or .* got torch.optim.SGD, an outer optimizer",
     ),
     (lambda: learner(inner_optimizer="adam"), TypeError, "inner_optimizer: .* got str"),
     (lambda: learner(clip_grad_norm=0), ValueError, "clip_grad_norm: expected a positive number"),
@@ -94,7 +94,7 @@ BAD = [
     (
         lambda: MAML(build("mlp"), lr=[0.1]),
         TypeError,
-        "lr: expected a number or a tensor, got list",
+        "lr: expected a number, a tensor or a PerStepLR, got list",
     ),
     (lambda: PerStepLR(build("mlp"), 0), ValueError, "steps: expected at least 1, got 0"),
     (lambda: PerStepLR(build("mlp"), 2.0), TypeError, "steps: expected an int, got float"),

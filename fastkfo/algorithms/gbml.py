@@ -96,8 +96,7 @@ class GBML(InnerOptions, nn.Module):
         if compute_update is None:
             compute_update = ParameterUpdate(module.parameters(), transform)
         self.compute_update = compute_update
-        self.inner_optimizer = inner_optimizer
-        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._set_options(inner_optimizer, clip_grad_norm, clip_grad_value)
         self._inner_update()  # raises if there is nothing to clip
         # A rule with one rate; what learn2learn's users may look for.
         self.diff_sgd = None if isinstance(lr, PerStepLR) else DifferentiableSGD(lr=lr)
@@ -190,7 +189,7 @@ class GBML(InnerOptions, nn.Module):
         return Rule(
             module=self.module,
             compute_update=self.compute_update,
-            lr=self.lr,
+            lr=self._checked_lr(),
             first_order=_default(first_order, self.first_order),
             adapt_transform=adapts,
             allow_unused=_default(allow_unused, self.allow_unused),
@@ -234,8 +233,8 @@ class GBML(InnerOptions, nn.Module):
         second_order = not _default(first_order, self.first_order)
         allow_unused = _default(allow_unused, self.allow_unused)
         allow_nograd = _default(allow_nograd, self.allow_nograd)
-        self._rate()  # raises if there is none
         slots = ParameterSlots(self.module)
+        self._rate(len(slots.params))  # raises if there is none
         phi = ParameterSlots(self.compute_update) if self._adapts_transform() else None
         if type(self.compute_update) is ParameterUpdate:
             step = self._fused_step
@@ -270,7 +269,7 @@ class GBML(InnerOptions, nn.Module):
             # Under a transform of torch.func tensors come and go, and tell less of themselves.
             cache = None if torch._C._are_functorch_transforms_active() else self._gram_cache
             return self._inner_update().step(
-                transforms, slots.params, grads, self._rate(), self._inner_state, cache
+                transforms, slots.params, grads, self._rate(count), self._inner_state, cache
             )
 
         self._commit(slots, phi, learned, phi_grads, updated)
@@ -303,7 +302,7 @@ class GBML(InnerOptions, nn.Module):
                 allow_nograd=allow_nograd,
             )
             return self._inner_update().step(
-                None, slots.params, list(updates), self._rate(), self._inner_state
+                None, slots.params, list(updates), self._rate(len(slots.params)), self._inner_state
             )
 
         self._commit(slots, phi, learned, phi_grads, updated)
@@ -321,7 +320,7 @@ class GBML(InnerOptions, nn.Module):
             found, state = updated()
         else:
             old = phi.params
-            moved = updated_parameters(None, learned, phi_grads, self._rate())
+            moved = updated_parameters(None, learned, phi_grads, self._rate(len(slots.params)))
             new = dict(zip(map(id, learned), moved, strict=True))
             phi.put([new.get(id(p), p) for p in old])
             try:

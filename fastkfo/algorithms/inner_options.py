@@ -4,33 +4,98 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkfo.optim.inner import START, InnerOptimizer, OptimizerState, PerStepLR
+import torch
+from torch import nn
+
+from fastkfo.optim.inner import START, OptimizerState, PerStepLR
 from fastkfo.optim.inner.update import InnerUpdate, inner_update
+from fastkfo.utils import clone_module
+
+NAMES = ("inner_optimizer", "clip_grad_norm", "clip_grad_value")
 
 
 class InnerOptions:
-    """The options, and the state that goes from one `adapt` to the next."""
+    """The options, and the state that goes from one `adapt` to the next.
+
+    An option that was not given is no attribute, so that it hides none of the model's.
+    """
 
     lr: Any
-    inner_optimizer: InnerOptimizer | None = None
-    clip_grad_norm: float | None = None
-    clip_grad_value: float | None = None
+    module: nn.Module
+    _modules: dict[str, Any]
+    _parameters: dict[str, Any]
     _inner_state: OptimizerState = START
+    _shares_rates: bool = False  # whether `lr` is that of the learner that this is a clone of
+
+    def __getattr__(self, attr: str) -> Any:
+        """The attribute; of an option that was not given, the model's or else None."""
+        try:
+            return super().__getattr__(attr)  # type: ignore[misc]
+        except AttributeError:
+            if attr in NAMES:
+                return None
+            raise
+
+    def _set_options(self, *values: Any) -> None:
+        """Keep the options that are given, in the order of `NAMES`."""
+        for name, value in zip(NAMES, values, strict=True):
+            if value is not None:
+                setattr(self, name, value)
+
+    def _given_options(self) -> dict[str, Any]:
+        """The options that this learner has, wherever torch.nn.Module has put them."""
+        places = (vars(self), self._modules, self._parameters)
+        found = {name: place[name] for place in places for name in NAMES if name in place}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _inner_options(self) -> dict[str, Any]:
         """What a clone takes over."""
-        return {
-            "inner_optimizer": self.inner_optimizer,
-            "clip_grad_norm": self.clip_grad_norm,
-            "clip_grad_value": self.clip_grad_value,
-            "_inner_state": self._inner_state,
-        }
+        state = {"_inner_state": self._inner_state, "_shares_rates": True}
+        return {**self._given_options(), **state}
 
     def _inner_update(self) -> InnerUpdate:
         """What is done with gradients."""
-        return inner_update(self.inner_optimizer, self.clip_grad_norm, self.clip_grad_value)
+        given = self._given_options()
+        return inner_update(*[given.get(name) for name in NAMES])
 
-    def _rate(self) -> Any:
-        """The rate or rates of the step to come; ValueError if there is none for it."""
+    def _checked_lr(self) -> Any:
+        """`lr`; ValueError if it is not for as many parameters as the model has by now."""
+        if isinstance(self.lr, PerStepLR):
+            self.lr.check_count(len(list(self.module.parameters())))
+        return self.lr
+
+    def _rate(self, count: int) -> Any:
+        """The rate or rates of the step to come.
+
+        Args:
+            count: how many parameters the model has.
+
+        Returns:
+            As `PerStepLR.at`, or `lr` itself.
+
+        Raises:
+            ValueError: there is none for the step, or not one per parameter.
+        """
         lr = self.lr
-        return lr.at(self._inner_state.step) if isinstance(lr, PerStepLR) else lr
+        if not isinstance(lr, PerStepLR):
+            return lr
+        lr.check_count(count)
+        return lr.at(self._inner_state.step)
+
+    def _take_rates(self) -> None:
+        """Go on with copies of the rates that are another learner's; a graph leads to these."""
+        if not self._shares_rates:
+            return
+        lr, own = self.lr, vars(self)
+        with torch.enable_grad():
+            if isinstance(lr, PerStepLR):
+                self._modules["lr"] = clone_module(lr)
+            elif isinstance(lr, nn.Parameter):
+                copy = self._parameters["lr"] = lr.clone()
+                if self._modules.get("diff_sgd") is not None:  # has the same rate
+                    self._modules["diff_sgd"] = clone_module(self.diff_sgd, {lr: copy})
+        own["_shares_rates"] = False
+
+    def extra_repr(self) -> str:
+        """The options that are given."""
+        return ", ".join([f"{name}={value!r}" for name, value in self._given_options().items()])

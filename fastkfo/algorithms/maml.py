@@ -92,8 +92,7 @@ class MAML(InnerOptions, BaseLearner):
         inner_update(inner_optimizer, clip_grad_norm, clip_grad_value)
         super().__init__(model)
         self.lr = lr
-        self.inner_optimizer = inner_optimizer
-        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self._set_options(inner_optimizer, clip_grad_norm, clip_grad_value)
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
@@ -120,8 +119,8 @@ class MAML(InnerOptions, BaseLearner):
             RuntimeError: autograd's own, with the option that would help.
         """
         second_order = not (self.first_order if first_order is None else first_order)
-        lr = self._rate()
         slots = ParameterSlots(self.module)
+        lr = self._rate(len(slots.params))
         grads = gradients(
             loss,
             slots.params,
@@ -185,7 +184,7 @@ class MAML(InnerOptions, BaseLearner):
         return Rule(
             module=self.module,
             compute_update=None,
-            lr=self.lr,
+            lr=self._checked_lr(),
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,

@@ -210,7 +210,9 @@ def update_module(
 def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     """Cut a cloned module out of its graph, in place.
 
-    The state of an inner optimizer, where the module is a learner with one, is cut as well.
+    The state of an inner optimizer, where the module is a learner with one, is cut as well. Where
+    it is a clone, its `lr` is its learner's, which stays as it is: the clone goes on with a copy
+    (of a Parameter, or of a `PerStepLR`).
 
     Args:
         module: Module whose parameters and buffers are detached. Anything else is ignored.
@@ -219,6 +221,10 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     """
     if not isinstance(module, nn.Module):
         return
+    for clone in list(module.modules()):
+        take_rates = getattr(type(clone), "_take_rates", None)
+        if take_rates is not None:
+            take_rates(clone)
     replacements: dict[int, Tensor] = {}
     keep_alive = []  # so that no id in `replacements` is given to another tensor
     params, buffers = _owned_tensors(module)

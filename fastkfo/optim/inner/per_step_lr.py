@@ -22,7 +22,8 @@ class PerStepLR(nn.Module):
         shared: whether all parameters have the same rate.
 
     Attributes:
-        rates: `[K]` per parameter of the model, in its dtype; or, if shared, one `[K]`.
+        rates: `[K]` per parameter of the model, in its dtype; or, if shared, one `[K]`. Those of a
+            parameter that required no gradient when they were made require none either.
         steps: K.
         shared: as given.
 
@@ -51,10 +52,13 @@ class PerStepLR(nn.Module):
             raise ValueError("model: expected one with parameters, got none")
         value = number("init", init)
         self.steps, self.shared = steps, shared
+        # A rate that no gradient reaches must not ask for one: DDP would wait for it.
+        wanted = [p.requires_grad for p in params]
+        wanted = [any(wanted)] if shared else wanted
         self.rates = nn.ParameterList(
             [
-                nn.Parameter(torch.full((steps,), value, dtype=p.dtype, device=p.device))
-                for p in (params[:1] if shared else params)
+                nn.Parameter(torch.full((steps,), value, dtype=p.dtype, device=p.device), learned)
+                for p, learned in zip(params[:1] if shared else params, wanted, strict=False)
             ]
         )
 
@@ -64,6 +68,14 @@ class PerStepLR(nn.Module):
             raise ValueError(
                 f"lr: expected at most {self.steps} inner steps, as many as it has rates for, "
                 f"got step {step + 1}"
+            )
+
+    def check_count(self, count: int) -> None:
+        """Raise ValueError unless there are rates for a model of so many parameters."""
+        if not self.shared and len(self.rates) != count:
+            raise ValueError(
+                f"lr: expected a PerStepLR with {count} rates, one per parameter of the model, "
+                f"got {len(self.rates)}"
             )
 
     def at(self, step: int, rates: Sequence[Tensor] | None = None) -> Any:

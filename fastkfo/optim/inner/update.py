@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fastkfo.functional.checks import finite
 from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.fused import transform_gradients, updated_parameters
 from fastkfo.optim.inner.clipping import check_clip, clip_by_norm, clip_by_value
+from fastkfo.optim.inner.given import check_optimizer
 from fastkfo.optim.inner.optimizer import InnerOptimizer, OptimizerState
 from fastkfo.optim.inner.per_step_lr import PerStepLR
 from fastkfo.optim.inner.sgd import SGD
@@ -108,14 +110,7 @@ def inner_update(optimizer: object, clip_norm: object, clip_value: object) -> In
         TypeError: one is of the wrong type.
         ValueError: a value to clip at is not positive, or there are two.
     """
-    if optimizer is not None and not isinstance(optimizer, InnerOptimizer):
-        given = type(optimizer).__name__
-        if isinstance(optimizer, type):
-            given = f"the class {optimizer.__name__}"
-        raise TypeError(
-            "inner_optimizer: expected None or an InnerOptimizer (fastkfo.optim.inner has SGD(), "
-            f"Adam() and RMSProp()), got {given}"
-        )
+    check_optimizer("inner_optimizer", optimizer)
     check_clip("clip_grad_norm", clip_norm)
     check_clip("clip_grad_value", clip_value)
     if clip_norm is not None and clip_value is not None:
@@ -130,13 +125,11 @@ def inner_update(optimizer: object, clip_norm: object, clip_value: object) -> In
 def check_lr(lr: object, module: nn.Module) -> None:
     """Raise unless `lr` is a number, a tensor, or a PerStepLR made for such a module."""
     if not isinstance(lr, PerStepLR):
+        if type(lr) is bool or not isinstance(lr, (Tensor, Real)):
+            given = type(lr).__name__
+            raise TypeError(f"lr: expected a number, a tensor or a PerStepLR, got {given}")
         return finite("lr", lr)
-    count = len(list(module.parameters()))
-    if not lr.shared and len(lr.rates) != count:
-        raise ValueError(
-            f"lr: expected a PerStepLR with {count} rates, one per parameter of the model, "
-            f"got {len(lr.rates)}"
-        )
+    lr.check_count(len(list(module.parameters())))
 
 
 def check_adaptable(lr: object, adapt_transform: bool) -> None:
