@@ -80,7 +80,7 @@ class GBML(InnerOptions, nn.Module):
     ) -> None:
         check_module("module", module)
         check_lr(lr, module)
-        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value)
+        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value).check_module(module)
         compute_update = kwargs.pop("compute_update", None)
         if kwargs:
             raise TypeError(f"GBML: unexpected keyword arguments {sorted(kwargs)}")

@@ -89,7 +89,7 @@ class MAML(InnerOptions, BaseLearner):
     ) -> None:
         check_module("model", model)
         check_lr(lr, model)
-        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value)
+        inner_update(inner_optimizer, clip_grad_norm, clip_grad_value).check_module(model)
         super().__init__(model)
         self.lr = lr
         self._set_options(inner_optimizer, clip_grad_norm, clip_grad_value)

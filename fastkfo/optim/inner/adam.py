@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Adam(InnerOptimizer):
 
     Source: Kingma, Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
+
+    real: ClassVar[bool] = True  # of a complex number it would take u² for |u|²
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

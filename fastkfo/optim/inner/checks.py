@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
+
+from torch import Tensor
 
 
 def number(name: str, value: object) -> float:
@@ -21,3 +24,10 @@ def within(name: str, value: object, least: float, below: float | None = None) -
     if given < least or (below is not None and given >= below):
         expected = f"at least {least}" if below is None else f"a number in [{least}, {below})"
         raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def refuse_complex(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise TypeError if a parameter, or its gradient, is complex: what was asked for is not."""
+    for i, x in enumerate(tensors):
+        if x is not None and x.is_complex():
+            raise TypeError(f"{name}: expected None with parameter {i} in {x.dtype}")

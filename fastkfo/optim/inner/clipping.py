@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastkfo.optim.inner.checks import number
+from fastkfo.optim.inner.checks import number, refuse_complex
 from fastkfo.optim.inner.moments import root
 
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
@@ -15,8 +16,10 @@ Grads = Sequence["Tensor | None"]
 
 
 def clip_by_value(grads: Grads, most: float) -> list[Tensor | None]:
-    """Every number cut off at ±most; where it was, its derivative is 0."""
-    return [None if g is None else g.clamp(-most, most) for g in grads]
+    """Every number cut off at ±most; where it was, its derivative is 0. An infinity stays one."""
+    # Cut off, an infinity would let a task that has failed take part.
+    refuse_complex("clip_grad_value", grads)
+    return [None if g is None else torch.where(g.isinf(), g, g.clamp(-most, most)) for g in grads]
 
 
 def clip_by_norm(grads: Grads, most: float, tasks: int | None) -> list[Tensor | None]:
@@ -28,8 +31,10 @@ def clip_by_norm(grads: Grads, most: float, tasks: int | None) -> list[Tensor | 
         tasks: T, if they are `[T, ...]`; None for one task.
 
     Returns:
-        The clipped gradients; differentiable, the norm included.
+        The clipped gradients; differentiable, the norm included. In half precision the norm and
+        the products are computed in float32.
     """
+    refuse_complex("clip_grad_norm", grads)
     squares = [_square(g, tasks) for g in grads if g is not None]
     if not squares:
         return list(grads)
@@ -38,19 +43,27 @@ def clip_by_norm(grads: Grads, most: float, tasks: int | None) -> list[Tensor | 
     for square in squares[1:]:
         total = total + square.to(home)
     scale = (most / (root(total) + EPS)).clamp(max=1.0)
-    return [None if g is None else g * _fitted(scale, g) for g in grads]
+    return [None if g is None else _scaled(g, scale) for g in grads]
 
 
 def _square(g: Tensor, tasks: int | None) -> Tensor:
     """`‖g‖²`, a number or `[T]`."""
-    square = g.square()
+    square = _wide(g).square()
     return square.sum() if tasks is None else square.reshape(tasks, -1).sum(1)
 
 
-def _fitted(scale: Tensor, g: Tensor) -> Tensor:
-    """A number, or `[T]` in front of a gradient's own axes, in its dtype and on its device."""
-    scale = scale.to(g.device, g.dtype)
-    return scale if scale.dim() == 0 else scale.reshape(-1, *[1] * (g.dim() - 1))
+def _scaled(g: Tensor, scale: Tensor) -> Tensor:
+    """A gradient times a number, or times one for each of T rows; in its dtype."""
+    wide = _wide(g)
+    scale = scale.to(wide.device, wide.dtype)
+    if scale.dim():
+        scale = scale.reshape(-1, *[1] * (g.dim() - 1))
+    return (wide * scale).to(g.dtype)
+
+
+def _wide(g: Tensor) -> Tensor:
+    """Half precision as float32, in which squares of its numbers neither overflow nor vanish."""
+    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
 
 
 def check_clip(name: str, value: object) -> None:

@@ -6,9 +6,11 @@ Nothing is written in place, so that a meta-gradient goes through every step and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
+
+from fastkfo.optim.inner.checks import refuse_complex
 
 Buffers = tuple[Tensor, ...]
 
@@ -59,7 +61,12 @@ class InnerOptimizer:
 
     A subclass defines `direction`, and is best a frozen dataclass of numbers: it is shared by all
     clones.
+
+    Attributes:
+        real: whether it is not for complex parameters.
     """
+
+    real: ClassVar[bool] = False
 
     def direction(self, update: Tensor, buffers: Buffers, count: int) -> tuple[Tensor, Buffers]:
         """The direction of one parameter.
@@ -86,12 +93,45 @@ class InnerOptimizer:
 
         Returns:
             One direction or None per parameter, and the state after the step.
+
+        Raises:
+            TypeError: `direction` returned no pair of a tensor and a tuple of tensors, one of
+                another dtype than the update's, or an update is complex where only real ones
+                may be.
+            ValueError: it returned one of another shape.
         """
+        if self.real:
+            refuse_complex("inner_optimizer", updates)
         found: list[Tensor | None] = list(updates)
         counts = list(state.counts or (0,) * len(found))
         buffers = list(state.buffers or ((),) * len(found))
         for i, update in enumerate(updates):
             if update is not None:
-                found[i], buffers[i] = self.direction(update, buffers[i], counts[i])
+                made = self.direction(update, buffers[i], counts[i])
+                found[i], buffers[i] = _checked(self, made, update)
                 counts[i] += 1
         return found, OptimizerState(state.step + 1, tuple(counts), tuple(buffers))
+
+
+def _checked(optimizer: InnerOptimizer, made: Any, update: Tensor) -> tuple[Tensor, Buffers]:
+    """What `direction` made of an update, if it is what it must be."""
+    name = f"{type(optimizer).__name__}.direction"
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise TypeError(
+            f"{name}: expected a direction and a tuple of buffers, got {type(made).__name__}"
+        )
+    found, buffers = made
+    if not isinstance(found, Tensor) or found.dtype != update.dtype:
+        got = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{name}: expected a direction in {update.dtype} first, got {got}")
+    if found.shape != update.shape:
+        raise ValueError(
+            f"{name}: expected a direction of shape {list(update.shape)} first, "
+            f"got {list(found.shape)}"
+        )
+    if type(buffers) is not tuple or not all([isinstance(x, Tensor) for x in buffers]):
+        got = type(buffers).__name__
+        if type(buffers) is tuple:
+            got = f"a tuple with {', '.join([type(x).__name__ for x in buffers])}"
+        raise TypeError(f"{name}: expected a tuple of tensors second, got {got}")
+    return found, buffers

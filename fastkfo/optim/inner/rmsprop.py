@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class RMSProp(InnerOptimizer):
 
     Source: Tieleman, Hinton, "Lecture 6.5: RMSProp", Coursera 2012.
     """
+
+    real: ClassVar[bool] = True  # of a complex number it would take u² for |u|²
 
     alpha: float = 0.99
     eps: float = 1e-8

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastkfo.functional.checks import finite
 from fastkfo.optim.clone_cache import GramCache
 from fastkfo.optim.fused import transform_gradients, updated_parameters
+from fastkfo.optim.inner.checks import refuse_complex
 from fastkfo.optim.inner.clipping import check_clip, clip_by_norm, clip_by_value
 from fastkfo.optim.inner.given import check_optimizer
 from fastkfo.optim.inner.optimizer import InnerOptimizer, OptimizerState
@@ -37,6 +38,16 @@ class InnerUpdate(NamedTuple):
     def clips(self) -> bool:
         """Whether gradients are clipped."""
         return self.clip_norm is not None or self.clip_value is not None
+
+    def check_module(self, module: nn.Module) -> None:
+        """Raise TypeError where a module has complex parameters, which steps are not for."""
+        given = {
+            "inner_optimizer": self.optimizer is not None and self.optimizer.real,
+            "clip_grad_norm": self.clip_norm is not None,
+            "clip_grad_value": self.clip_value is not None,
+        }
+        for name in (n for n, asked in given.items() if asked):
+            refuse_complex(name, module.parameters())
 
     def clipped(self, grads: Grads, tasks: int | None = None) -> Grads:
         """The gradients as the transform gets them.
