@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastkfo
+from fastkfo.optim import PerStepLR, fused
+from fastkfo.optim.inner import Adam
 from tests.batches import batch, learner
 from tests.cases import HAS_NATIVE, needs_native
 from tests.models import build, snapshot
 from tests.test_inner_loop import features, head
 
+MAML, GBML = fastkfo.algorithms.MAML, fastkfo.algorithms.GBML
 CHOSEN = "native" if HAS_NATIVE else "reference"
 
 
@@ -94,3 +97,56 @@ def test_lists_and_bad_input(capsys):
         fastkfo.explain(loop.learner, x, y)
     with pytest.raises(ValueError, match="y_s: expected 2 tasks"):
         fastkfo.explain(loop, x, y[:1])
+
+
+@pytest.mark.parametrize("path", [{"backend": "loop"}, {"memory": "checkpoint"}, {}])
+def test_clipping_the_optimizer_and_rates(capsys, path):
+    model = build("mlp")
+    options = {"lr": PerStepLR(model, 2), "inner_optimizer": Adam(), "clip_grad_norm": 2.0}
+    loop = fastkfo.InnerLoop(MAML(model, **options), F.cross_entropy, 2, **path)
+    text = said(capsys, loop, "mlp")
+    assert "clipping: every task's gradients, to a norm of 2.0" in text
+    assert "inner optimizer: Adam(betas=(0.9, 0.999), eps=1e-08), every task" in text
+    assert "lr: of every step its own, up to 2" in text
+    update = "update: the optimizer and one elementwise operation per parameter\n"
+    assert (update in text) is (path.get("backend") != "loop")
+    lstm = MAML(build("lstm"), 0.1, clip_grad_value=3.0)
+    text = said(capsys, fastkfo.InnerLoop(lstm, F.cross_entropy, 1, **path), "lstm")
+    assert "task after task" in text
+    assert "clipping: every number of a gradient, to ±3.0" in text
+
+
+UPDATES = {
+    "optimizer": (lambda model: {"inner_optimizer": Adam()}, "the optimizer and one"),
+    "rates": (lambda model: {"lr": PerStepLR(model, 2)}, "one"),
+    "both": (
+        lambda model: {"lr": PerStepLR(model, 2), "inner_optimizer": Adam()},
+        "the optimizer and one",
+    ),
+    "shared": (lambda model: {"lr": PerStepLR(model, 2, shared=True)}, None),
+    "clipped": (lambda model: {"clip_grad_norm": 1.0, "lr": nn.Parameter(torch.ones(()))}, None),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_what_a_transform_is_called_for(capsys, monkeypatch, name):
+    """One kron_update, or a kron_transform before the steps; as it runs."""
+    make, last = UPDATES[name]
+    model = build("mlp")
+    transform = fastkfo.optim.KroneckerTransform(fastkfo.nn.KroneckerLinear)
+    ours = GBML(model, transform, **make(model)).double()
+    with_params = []
+    plain = fused.kron_unchecked
+
+    def watched(dims, alpha, groups):
+        with_params.append(fused.PARAM in groups)
+        return plain(dims, alpha, groups)
+
+    monkeypatch.setattr(fused, "kron_unchecked", watched)
+    loop = fastkfo.InnerLoop(ours, F.cross_entropy, 2, backend="batched")
+    loop(*batch("mlp", 3))
+    assert with_params == [last is None] * 2
+    what = "kron_transform" if last else "kron_update"
+    rest = f"; then {last} elementwise operation per parameter" if last else ""
+    expected = f"update: one {what} ({CHOSEN} on cpu) for all parameters and tasks{rest}\n"
+    assert expected in said(capsys, loop, "mlp")

@@ -81,6 +81,7 @@ def lines(inner_loop: InnerLoop, given: Batch) -> Iterator[str]:
         yield from _tried(inner_loop, batches[0], counts[0])
     else:
         yield f"model: task after task ({reason})"
+    yield from _inner(inner_loop.settings().rule)
     pieces = refused is not None or inner_loop.features is not None
     if pieces and reason is None and inner_loop.chunk_size is None:
         yield from _together(inner_loop, batches[0], counts[0])
@@ -133,7 +134,6 @@ def _tried(inner_loop: InnerLoop, batch: Batch, tasks: int) -> Iterator[str]:
         yield from _functions("features", run.features)
     yield f"loss: {_loss(run.support.loss) if run.support.model is None else 'a module of its own'}"
     yield f"update: {_update(run, g)}"
-    yield from _inner(settings.rule)
 
 
 def _own_layers(device: torch.device) -> Iterator[str]:
@@ -156,27 +156,35 @@ def _functions(name: str, model: TaskModel) -> Iterator[str]:
 def _loss(loss: PerTask) -> str:
     if loss.has_kernel:
         return "all tasks in one call"
-    return "task after task (vmap refused it)" if loss.each else "under torch.func.vmap"
+    return "task after task (vmap refused it)" if loss.each else "under torch.func.vmap{last}"
 
 
 def _update(run: Run, g: list[Tensor | None]) -> str:
     step = run.step
+    rule = run.settings.rule
+    last = "one elementwise operation per parameter"
+    if rule.inner.optimizer is not None:
+        last = f"the optimizer and {last}"
     if step.transforms is None:
-        return "one elementwise operation per parameter"
+        return last
     known = [
         t is None or x is None or (kind_of(t) == "reshaped" and kronecker_part(t, x) is not None)
         for t, x in zip(step.transforms, g, strict=True)
     ]
     device = next(x.device for x in g if x is not None)
     chosen = selector.select("auto", device)
-    one = f"one kron_update ({chosen} on {device.type}) for all parameters and tasks"
-    if run.settings.rule.adapt_transform:
+    own_rates = isinstance(rule.lr, PerStepLR) and not rule.lr.shared
+    apart = rule.inner.optimizer is not None or own_rates
+    op = "kron_transform" if apart else "kron_update"
+    one = f"one {op} ({chosen} on {device.type}) for all parameters and tasks"
+    if rule.adapt_transform:
         one += ", every task with factors of its own"
+    last = f"; then {last}" if apart else ""
     if all(known):
-        return one
+        return one + last
     pairs = zip(step.transforms, known, strict=True)
     others = sorted({type(t).__name__ for t, is_known in pairs if not is_known})
-    return f"{one}, but {', '.join(others)} under torch.func.vmap"
+    return f"{one}, but {', '.join(others)} under torch.func.vmap{last}"
 
 
 def _inner(rule: Rule) -> Iterator[str]:
