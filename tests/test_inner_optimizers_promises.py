@@ -11,6 +11,7 @@ from fastkfo.optim.inner import Adam, InnerOptimizer
 from tests.batches import batch
 from tests.inner_optimizer_cases import PATHS, by_batch, by_loop, inner_loop, learner
 from tests.models import LR, build
+from tests.oracle import learn2learn
 
 MAML, GBML = fastkfo.algorithms.MAML, fastkfo.algorithms.GBML
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -143,6 +144,16 @@ def test_a_learner_that_is_detached_is_frozen_itself():
     ours = MAML(build("mlp"), nn.Parameter(torch.ones(())))
     fastkfo.utils.detach_module(ours)
     assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_what_learn2learns_detach_module_does_to_a_clone():
+    """docs/inner_optimizers.md says so."""
+    model, data = build("mlp").double(), batch("mlp", 1)
+    ours = MAML(model, RATES["parameter"](model), inner_optimizer=Adam())
+    clone = adapted(ours, data)
+    learn2learn().detach_module(clone, keep_requires_grad=False)
+    assert not ours.lr.requires_grad
+    assert all(b.requires_grad for b in clone._inner_state.flat())
 
 
 @every_path

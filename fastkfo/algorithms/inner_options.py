@@ -12,6 +12,7 @@ from fastkfo.optim.inner.update import InnerUpdate, inner_update
 from fastkfo.utils import clone_module
 
 NAMES = ("inner_optimizer", "clip_grad_norm", "clip_grad_value")
+PLAIN = InnerUpdate()
 
 
 class InnerOptions:
@@ -44,18 +45,25 @@ class InnerOptions:
 
     def _given_options(self) -> dict[str, Any]:
         """The options that this learner has, wherever torch.nn.Module has put them."""
-        places = (vars(self), self._modules, self._parameters)
-        found = {name: place[name] for place in places for name in NAMES if name in place}
-        return {name: value for name, value in found.items() if value is not None}
+        own, modules, params = vars(self), self._modules, self._parameters
+        found = {}
+        for name in NAMES:  # for every clone and step
+            if name in own or name in modules or name in params:
+                found[name] = getattr(self, name)
+        return found
 
     def _inner_options(self) -> dict[str, Any]:
         """What a clone takes over."""
-        state = {"_inner_state": self._inner_state, "_shares_rates": True}
-        return {**self._given_options(), **state}
+        options = self._given_options()
+        options["_inner_state"] = self._inner_state
+        options["_shares_rates"] = True
+        return options
 
     def _inner_update(self) -> InnerUpdate:
         """What is done with gradients."""
         given = self._given_options()
+        if not given:
+            return PLAIN
         return inner_update(*[given.get(name) for name in NAMES])
 
     def _checked_lr(self) -> Any:
@@ -98,4 +106,5 @@ class InnerOptions:
 
     def extra_repr(self) -> str:
         """The options that are given."""
-        return ", ".join([f"{name}={value!r}" for name, value in self._given_options().items()])
+        given = self._given_options().items()
+        return ", ".join([f"{name}={value!r}" for name, value in given if value is not None])
