@@ -110,6 +110,8 @@ class InnerLoop(nn.Module):
     derivation.
     """
 
+    _model_at = "its `learner.module`"  # what fastkfo.nn tells who passes the loop instead
+
     def __init__(
         self,
         learner: nn.Module,
