@@ -84,7 +84,7 @@ CASES = {
         lambda: collapse(nn.Sequential(learner())), TypeError,
         "model: .*the MAML itself, at '0',.* pass its `module`",
     ),
-    "KFO within": (lambda: collapse(nn.ModuleDict({"a": learner(1)})), TypeError, "the GBML itself"),
+    "KFO within": (lambda: collapse(nn.ModuleList([learner(1)])), TypeError, "the GBML itself"),
     "MetaSGD within": (lambda: collapse(meta_sgd()), TypeError, "MetaSGD itself, at '0'"),
     "a loop": (lambda: collapse(inner_loop()), TypeError, "InnerLoop.* its `learner.module`"),
     "added to a loop": (lambda: add_linear_layers(inner_loop(1), 1), TypeError, "the InnerLoop"),
