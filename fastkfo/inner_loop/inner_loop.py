@@ -232,7 +232,7 @@ class InnerLoop(nn.Module):
 
         Args:
             batch: the tasks, checked.
-            steps: K.
+            steps: K, the number of steps.
             weights: of the query losses after every step, or None.
 
         Returns:

@@ -36,7 +36,7 @@ class BatchedLearner(nn.Module):
 
     Attributes:
         module: the model; its parameters are `[T, ...]`.
-        tasks: T.
+        tasks: T, the number of tasks.
 
     Raises:
         TypeError: `tasks` is no int.

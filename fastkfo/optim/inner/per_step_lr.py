@@ -23,7 +23,7 @@ class PerStepLR(nn.Module):
 
     Attributes:
         rates: `[K]` per parameter of the model, in its dtype; or, if shared, one `[K]`.
-        steps: K.
+        steps: K, the number of steps.
         shared: as given.
 
     Raises:
