@@ -47,7 +47,7 @@ Assist When It Cannot", AISTATS 2021. The settings of its illustrative figures a
 these are fastkfo's own, so no number here is to be compared with one of theirs.
 
 {as_markdown(problems, found)}
-{_over(about["seeds"])} of weights and tasks; all methods
+{_over(about["seeds"])}; all methods
 have the same tasks. "Before" and "after" K inner steps, on test tasks; "minus the first" is the
 difference from the first method of its group, seed by seed. The inner rate of every method is
 chosen for each seed among the same rates by the score on validation tasks: median, and lowest to
@@ -75,8 +75,8 @@ fastkfo {__version__}, torch {version("torch")}, Python {platform.python_version
 
 def _over(seeds: int) -> str:
     if seeds == 1:
-        return "From one seed, and so without an interval,"
-    return f"Mean and 95 % interval (Student's t) over {seeds} seeds"
+        return "From one seed of weights and tasks, and so without an interval"
+    return f"Mean and 95 % interval (Student's t) over {seeds} seeds of weights and tasks"
 
 
 def _settings(p: Problem) -> str:
