@@ -4,6 +4,7 @@
 `__all__` names, and no page does, gets a section of its own then (docs/conf.py).
 """
 
+import ast
 import importlib
 import re
 from types import ModuleType
@@ -19,6 +20,13 @@ PUBLIC = [
     "fastkfo.nn", "fastkfo.optim", "fastkfo.tasks", "fastkfo.training", "fastkfo.utils",
     "fastkfo.vision",
 ]  # fmt: skip
+
+# "steps: K." is an empty item of a list to reStructuredText: nothing of it comes out on the page.
+LISTED = re.compile(
+    r"^ *(?:\*{0,2}\w+(?: \([^)]*\))?: |(?:Returns|Yields):\n +)"
+    r"\(?(?:[A-Za-z]|[ivxlcdm]+|[IVXLCDM]+|\d+|#)[.)](?=\s|$)",
+    re.M,
+)
 
 
 def automodules():
@@ -74,3 +82,26 @@ def test_every_public_module_is_listed():
     private = {"fastkfo.cli", "fastkfo.kernels", "fastkfo.reference"}
     folders = {f"fastkfo.{p.parent.name}" for p in (ROOT / "fastkfo").glob("*/__init__.py")}
     assert folders - private == set(PUBLIC) - {"fastkfo"}
+
+
+def docstrings():
+    """Every docstring of the package, and where it stands."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in sorted((ROOT / "fastkfo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                name = getattr(node, "name", "the module")
+                yield f"{path.relative_to(ROOT)}, {name}", text
+
+
+def test_no_description_is_read_as_a_list():
+    lost = [(place, m[0].strip()) for place, text in docstrings() for m in LISTED.finditer(text)]
+    assert not lost, f"descriptions that begin like an item of a list: {lost}"
+
+
+@pytest.mark.parametrize(
+    "text", ["steps: K.", "  n (int): 3. of", "Returns:\n    a) or b", "x: (i) y"]
+)
+def test_descriptions_like_lists_are_seen(text):
+    assert LISTED.search(text)
+    assert not LISTED.search("steps: K, the number of steps.\nReturns:\n    The K. of it")

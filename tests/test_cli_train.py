@@ -265,4 +265,4 @@ def test_message_without_the_extra(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main()
     assert error.value.code == 1
-    assert "pip install 'fastkfo[train]'" in capsys.readouterr().err
+    assert "pip install --no-build-isolation '.[train]'" in capsys.readouterr().err

@@ -303,7 +303,7 @@ def test_message_without_the_extra(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main()
     assert error.value.code == 1
-    assert "pip install 'fastkfo[demo]'" in capsys.readouterr().err
+    assert "pip install --no-build-isolation '.[demo]'" in capsys.readouterr().err
 
 
 def test_version_and_help():

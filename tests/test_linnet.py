@@ -182,6 +182,28 @@ def test_what_a_layer_was_stays():
     assert next(collapse(split_linear(mlp(), "2", 2))[2].parameters()).requires_grad
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_weight_and_bias_are_frozen_one_by_one(frozen):
+    model = mlp()
+    getattr(model[2], frozen).requires_grad_(False)
+    for deep in (
+        add_linear_layers(model, 2), split_linear(model, "2", 3),
+        split_linear(model, "2", 3, init="default"),
+    ):  # fmt: skip
+        for layer in (*deep[2], collapse(deep)[2]):
+            for name, p in layer.named_parameters():
+                assert p.requires_grad == (name != frozen), name
+        assert all(p.requires_grad for p in deep[0].parameters())
+
+
+def test_nests_that_collapse():
+    a, b, c = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+    plain = nn.Sequential(a, b, c)
+    layers = nn.ModuleList([a, nn.ModuleList([b]), nn.Identity(), c])
+    for nest in (layers, [[a, (b,)], c], (x for x in plain)):
+        assert_same_function(collapse_layers(nest), plain, 4)
+
+
 def test_it_pickles_slices_and_copies():
     deep = split_linear(mlp(), "0", 4)
     again = pickle.loads(pickle.dumps(deep))
@@ -274,80 +296,3 @@ def test_training_method_collapses_to_maml():
     assert list(flat.state_dict()) == list(models["maml"].state_dict())
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(flat(x), deep(x), **TOLERANCE)
-
-
-# ------------------------------------------------------------------------------------------ errors
-
-
-class Odd(nn.Linear):
-    """Somebody's own linear layer."""
-
-
-def tied():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    return model
-
-
-def hooked():
-    model = mlp()
-    model[2].register_forward_hook(lambda *_: None)
-    return model
-
-
-CASES = {
-    "no module": (lambda: split_linear(3, "0", 2), TypeError, "model: expected a torch.nn.Module"),
-    "a learner": (
-        lambda: collapse(MAML(mlp(), lr=0.1)), TypeError, "MAML itself.*pass its `module`"
-    ),
-    "no such layer": (lambda: split_linear(mlp(), "7", 2), ValueError, "name: expected a layer"),
-    "no name": (lambda: split_linear(mlp(), 0, 2), TypeError, "name: expected a str, got int"),
-    "not linear": (
-        lambda: split_linear(mlp(), "1", 2), TypeError, "'1': expected an nn.Linear, got ReLU"
-    ),
-    "a subclass": (
-        lambda: split_linear(nn.Sequential(Odd(2, 2)), "0", 2), TypeError, "nn.Linear, got Odd"
-    ),
-    "hooks": (lambda: add_linear_layers(hooked(), 2), TypeError, "without hooks"),
-    "weight norm": (
-        lambda: split_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "", 2),
-        TypeError, "expected an nn.Linear, got ParametrizedLinear",
-    ),
-    "tied": (lambda: split_linear(tied(), "0", 2), ValueError, "shares no weight, got '0'"),
-    "nothing to add to": (
-        lambda: add_linear_layers(nn.Sequential(nn.ReLU()), 2), ValueError, "model: expected at"
-    ),
-    "added at": (lambda: add_linear_layers(mlp(), 2, "1"), TypeError, "nn.Linear, got ReLU"),
-    "added 0": (lambda: add_linear_layers(mlp(), 0), ValueError, "depth: expected at least 1, got"),
-    "depth 0": (lambda: split_linear(mlp(), "0", 0), ValueError, "depth: expected at least 1, got"),
-    "depth 1.5": (lambda: LinNet(1.5, 2), TypeError, "depth: expected an int, got float"),
-    "depth True": (lambda: LinNet(True, 2), TypeError, "depth: expected an int, got bool"),
-    "features": (lambda: LinNet(2, 0), ValueError, "in_features: expected at least 1, got 0"),
-    "outputs": (lambda: LinNet(2, 1, -1), ValueError, "out_features: expected at least 1, got -1"),
-    "width": (lambda: split_linear(mlp(), "0", 2, width=0), ValueError, "width: expected at least"),
-    "too narrow": (
-        lambda: split_linear(mlp(), "0", 2, width=5), ValueError, "width: expected at least 6"
-    ),
-    "init": (lambda: LinNet(2, 2, init="x"), ValueError, "init: expected one of default, identity"),
-    "split init": (lambda: split_linear(mlp(), "0", 2, init=1), ValueError, "init: expected one"),
-    "nothing to collapse": (lambda: collapse(mlp()), ValueError, "at least one LinNet, got none"),
-    "a non-linearity": (
-        lambda: collapse_layers(mlp()), TypeError, "at linear layer 1: expected an nn.Linear, got R"
-    ),
-    "put in later": (
-        lambda: collapse(nn.Sequential(LinNet(2, 2).append(nn.Dropout()))), TypeError, "got Dropout"
-    ),
-    "sizes": (
-        lambda: collapse_layers([nn.Linear(2, 3), nn.Identity(), nn.Linear(2, 2)]), ValueError,
-        "linear layer 1 to take the 3 features that come in",
-    ),
-    "no layers": (lambda: collapse_layers([nn.Identity()]), ValueError, "at least one nn.Linear"),
-    "no layer": (lambda: collapse_layers([None]), TypeError, "expected an nn.Linear, got NoneType"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_errors(name):
-    call, error, message = CASES[name]
-    with pytest.raises(error, match=message):
-        call()

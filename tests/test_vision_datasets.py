@@ -227,7 +227,7 @@ def test_broken_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="class00: expected images"):
         datasets.CIFARFS(root)
     gone = mock.patch.dict(sys.modules, {"PIL": None, "PIL.Image": None})
-    with gone, pytest.raises(ModuleNotFoundError, match=r"pip install 'fastkfo\[vision\]'"):
+    with gone, pytest.raises(ModuleNotFoundError, match=r"isolation '\.\[vision\]'"):
         read_image(path, "L")
     with pytest.raises(
         TypeError, match="image: expected a Pillow image of 8 bits per channel, got str"

@@ -17,6 +17,7 @@ class BaseLearner(nn.Module):
     """
 
     module: nn.Module
+    _model_at = "its `module`"  # what fastkfo.nn tells who passes the learner instead
 
     def __init__(self, module: nn.Module | None = None) -> None:
         super().__init__()

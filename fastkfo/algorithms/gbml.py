@@ -63,6 +63,8 @@ class GBML(InnerOptions, nn.Module):
     AISTATS 2021. The interface is learn2learn's.
     """
 
+    _model_at = "its `module`"  # what fastkfo.nn tells who passes the learner instead
+
     def __init__(
         self,
         module: nn.Module,

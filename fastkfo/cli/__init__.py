@@ -26,7 +26,7 @@ def main() -> None:
         extra = "train" if sys.argv[1:2] and sys.argv[1] in _TRAINING else "demo"
         print(
             f"fastkfo: the command needs {missing!r}, which is not installed. It is part of the "
-            f"{extra} extra: pip install 'fastkfo[{extra}]'",
+            f"{extra} extra: pip install --no-build-isolation '.[{extra}]'",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

@@ -13,13 +13,15 @@ from rich.progress import BarColumn, TextColumn
 
 from fastkfo.cli.bar import Barred
 from fastkfo.cli.demo_report import write_json
+from fastkfo.cli.errors import ending_with
 from fastkfo.cli.interrupts import Interrupts
 from fastkfo.cli.reproduce_jobs import cores, run
 from fastkfo.cli.reproduce_plot import write_figures
-from fastkfo.cli.reproduce_problems import PROBLEMS, quick
+from fastkfo.cli.reproduce_problems import PROBLEMS, QUICK_ITERATIONS, quick
 from fastkfo.cli.reproduce_report import FIGURES, record, report
 from fastkfo.cli.reproduce_rows import as_csv, as_markdown, rows, tables
 from fastkfo.cli.reproduce_surface import surface
+from fastkfo.tasks import DigitTasks
 
 __all__ = ["FILES", "reproduce"]
 
@@ -35,7 +37,14 @@ def reproduce(
         int, typer.Option(help="At once, one thread each; 0: one per core.", min=0)
     ] = 0,
     is_quick: Annotated[
-        bool, typer.Option("--quick", help="Seconds instead of minutes; nothing is learned.")
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"{QUICK_ITERATIONS} meta-iterations: seconds, and no number means anything.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result in the folder.")
     ] = False,
 ) -> None:
     """Compares MAML on shallow and deep linear models, and Meta-KFO, as the paper does.
@@ -45,10 +54,15 @@ def reproduce(
     table (Markdown, CSV, JSON) and four figures.
 
     Raises:
-        BadParameter: If the folder cannot be written to.
-        Exit: With 130 after Ctrl-C, 143 after SIGTERM; nothing is written then.
+        BadParameter: If the folder cannot be written to, or is not empty: an earlier result is
+            replaced with --overwrite, and nothing else is.
+        Exit: With 1 if scikit-learn is missing; 130 after Ctrl-C, 143 after SIGTERM. Nothing is
+            written then.
     """
     _check_writable(out)
+    _check_free(out, overwrite)
+    with ending_with(1, ModuleNotFoundError):
+        DigitTasks()
     problems = tuple(quick(p) for p in PROBLEMS) if is_quick else PROBLEMS
     processes = processes or cores()
     console = Console(highlight=False)
@@ -75,7 +89,7 @@ def reproduce(
     write_json(out / "results.json", record(problems, done, found, drawn, about))
     write_figures(out, problems, done, drawn)
     if is_quick:
-        console.print("A quick run: nothing was learned, no number means anything.", style="dim")
+        console.print("A quick run: no number means anything.", style="dim")
     console.print(f"Wrote {out / 'report.md'}, tables and figures", soft_wrap=True)
 
 
@@ -116,3 +130,21 @@ def _check_writable(out: Path) -> None:
             f"expected a folder that can be written to, got {str(out)!r}: {error.strerror}",
             param_hint="--out",
         ) from None
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raises unless the folder is empty, or holds an earlier result that may be replaced."""
+    if not any(out.iterdir()):
+        return
+    if not (out / "results.json").exists():
+        raise typer.BadParameter(
+            f"expected an empty folder or one with an earlier result, got {str(out)!r}, which "
+            "has other files",
+            param_hint="--out",
+        )
+    if not overwrite:
+        raise typer.BadParameter(
+            f"{str(out)!r} already holds a result; replace it with --overwrite, or choose another "
+            "folder",
+            param_hint="--out",
+        )

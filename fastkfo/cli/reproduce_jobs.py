@@ -6,10 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import torch
 
@@ -17,6 +17,8 @@ from fastkfo.cli.reproduce_problems import Problem
 from fastkfo.cli.reproduce_training import Examined, examine
 
 __all__ = ["Done", "cores", "run"]
+
+POLL = 0.2  # seconds within which an interrupt is seen
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def run(
         problems: Which.
         seeds: How many, from 0.
         processes: How many at once; with 1, this one alone.
-        wanted: Asked after every job; False ends the run.
+        wanted: Asked after every job, and of several processes a few times a second; False ends
+            the run, and what the processes have begun is lost.
         notify: Called with the share that is done, and what was done last.
 
     Returns:
@@ -91,21 +94,41 @@ def _one_by_one(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
 def _at_once(
     jobs: Sequence[Job], processes: int, wanted: Callable[[], bool]
 ) -> Iterator[tuple[int, Done]]:
+    others = active_children()
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
-        futures: dict[Future[Done], int] = {
-            pool.submit(_work, job): i for i, job in enumerate(jobs)
-        }
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-            if not wanted():
+        with _ctrl_c_later():
+            futures: dict[Future[Done], int] = {
+                pool.submit(_work, job): i for i, job in enumerate(jobs)
+            }
+        left = set(futures)
+        try:
+            while left and wanted():
+                finished, left = wait(left, POLL, FIRST_COMPLETED)
+                for future in finished:
+                    yield futures[future], future.result()
+        finally:
+            if left:
                 pool.shutdown(wait=False, cancel_futures=True)
-                return
+                # Jobs that have begun, or are next in a queue, would be finished first.
+                for child in active_children():
+                    if child not in others:
+                        child.terminate()
 
 
 def _begin() -> None:
     """In a new process: one thread, and Ctrl-C is the parent's."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Until the block ends; to processes made in it, which import torch at first, never."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextmanager

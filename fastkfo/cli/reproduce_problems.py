@@ -24,11 +24,21 @@ from fastkfo.tasks import (
     TaskDistribution,
 )
 
-__all__ = ["PROBLEMS", "SPLITS", "Problem", "Sampler", "learner_of", "quick", "sampler"]
+__all__ = [
+    "PROBLEMS",
+    "QUICK_ITERATIONS",
+    "SPLITS",
+    "Problem",
+    "Sampler",
+    "learner_of",
+    "quick",
+    "sampler",
+]
 
 SPLITS = ("train", "validation", "test")
 DEPTH = 2  # factors of a Deep or LinNet model
 LARGEST_OVER_SMALLEST = 10.0
+QUICK_ITERATIONS = 8
 Sampler = Callable[[int], Episodes]
 
 
@@ -128,13 +138,17 @@ PROBLEMS = (
 
 
 def quick(problem: Problem) -> Problem:
-    """The same in seconds, for tests; nothing is learned.
+    """The same in seconds, for tests; too short for any number to mean anything.
 
     Returns:
         The problem, with few iterations, rates and tasks.
     """
     return replace(
-        problem, iterations=8, rates=problem.rates[2:4], validation_tasks=8, test_tasks=12
+        problem,
+        iterations=QUICK_ITERATIONS,
+        rates=problem.rates[2:4],
+        validation_tasks=8,
+        test_tasks=12,
     )
 
 

@@ -38,7 +38,7 @@ def report(problems: Sequence[Problem], found: Sequence[Row], about: dict[str, A
         Markdown.
     """
     figures = "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in FIGURES.items())
-    warning = "**A quick run: nothing was learned, no number means anything.**\n\n"
+    warning = "**A quick run: no number means anything.**\n\n"
     settings = "\n".join(_settings(problem) for problem in problems)
     return f"""# MAML on shallow and deep linear models, and Meta-KFO
 
@@ -47,7 +47,7 @@ Assist When It Cannot", AISTATS 2021. The settings of its illustrative figures a
 these are fastkfo's own, so no number here is to be compared with one of theirs.
 
 {as_markdown(problems, found)}
-Mean and 95 % interval (Student's t) over {about["seeds"]} seeds of weights and tasks; all methods
+{_over(about["seeds"])}; all methods
 have the same tasks. "Before" and "after" K inner steps, on test tasks; "minus the first" is the
 difference from the first method of its group, seed by seed. The inner rate of every method is
 chosen for each seed among the same rates by the score on validation tasks: median, and lowest to
@@ -71,6 +71,12 @@ fastkfo {__version__}, torch {version("torch")}, Python {platform.python_version
 {about["cpu_seconds"]:.0f} s of processor time, {about["wall_seconds"]:.0f} s in
 {about["processes"]} process{"es" if about["processes"] > 1 else ""}.
 """
+
+
+def _over(seeds: int) -> str:
+    if seeds == 1:
+        return "From one seed of weights and tasks, and so without an interval"
+    return f"Mean and 95 % interval (Student's t) over {seeds} seeds of weights and tasks"
 
 
 def _settings(p: Problem) -> str:

@@ -171,6 +171,7 @@ def as_csv(found: Sequence[Row]) -> str:
     )  # fmt: skip
     for row in found:
         numbers = [x for pair in pairs for x in (getattr(row, pair) or ("", ""))]
+        numbers = ["" if x != x else x for x in numbers]  # NaN: one seed has no interval
         writer.writerow(
             [row.problem, row.exam, row.method, row.score, row.seeds]
             + [f"{x:.6g}" if isinstance(x, float) else x for x in [*numbers, *row.rates]]
@@ -215,7 +216,10 @@ def _cells(row: Row) -> list[str]:
             return ""
         factor, digits = (100, 1) if row.score == "accuracy" else (1, 3)
         mean, half = (round(factor * x, digits) + 0.0 for x in pair)  # + 0.0: no -0.0
-        return f"{mean:.{digits}f} ± {half:.{digits}f}" if mean < 1e4 else f"{mean:.1e}"
+        if mean >= 1e4:
+            return f"{mean:.1e}"
+        interval = "" if math.isnan(half) else f" ± {half:.{digits}f}"  # of one seed there is none
+        return f"{mean:.{digits}f}{interval}"
 
     low, median, high = row.rates
     rate = f"{median:g}" + (f" ({low:g}-{high:g})" if low < high else "")

@@ -27,7 +27,7 @@ class TasksetSampler(Sampler[list[int]]):
         shuffle: Whether a finite set's tasks come in random order.
 
     Example:
-        >>> DataLoader(dataset, batch_sampler=TasksetSampler(taskset))
+        >>> loader = DataLoader(dataset, batch_sampler=TasksetSampler(taskset))
     """
 
     def __init__(self, taskset: Taskset, shuffle: bool = True) -> None:

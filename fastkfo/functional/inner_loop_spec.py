@@ -43,7 +43,7 @@ class Spec:
         layers: the model.
         present: which operands there are, one bit mask per parameter.
         alpha: one learning rate per parameter.
-        steps: K.
+        steps: K, the number of steps.
         losses: the support's and the query's, indices into `LOSSES`.
         psd: whether factors are squared.
         first_order: whether gradients are constants.

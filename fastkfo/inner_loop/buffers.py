@@ -101,7 +101,7 @@ class TaskBuffers:
 
     Args:
         module: the clone. Its buffers become copies; those that want a gradient are left alone.
-        tasks: T.
+        tasks: T, the number of tasks.
         mode: "shared": statistics go to the originals, by `commit`. "frozen": nowhere. "per_task":
             every task goes on with its own.
     """

@@ -20,7 +20,7 @@ def finite_rows(tensors: Sequence[Tensor | None], tasks: int) -> Tensor | None:
 
     Args:
         tensors: `[T, ...]` each, or None.
-        tasks: T.
+        tasks: T, the number of tasks.
 
     Returns:
         `[T]`, bool. None if all are, where a look costs no synchronisation (the CPU).
@@ -74,7 +74,7 @@ def guard(tensors: Sequence[Tensor], tasks: int) -> None:
 
     Args:
         tensors: `[T, ...]`.
-        tasks: T.
+        tasks: T, the number of tasks.
     """
     if torch.is_grad_enabled():
         for node in {x.grad_fn for x in tensors if x.grad_fn is not None}:
@@ -105,7 +105,7 @@ class Contained:
     zeros, because the gradient of what is shared is a sum of products with what entered.
 
     Args:
-        tasks: T.
+        tasks: T, the number of tasks.
     """
 
     def __init__(self, tasks: int) -> None:

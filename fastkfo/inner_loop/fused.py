@@ -147,7 +147,7 @@ class Fused:
 
         Args:
             batch: from `inputs`.
-            steps: K.
+            steps: K, the number of steps.
             adapted: whether θ_K is returned.
 
         Returns:

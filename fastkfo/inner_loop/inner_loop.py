@@ -110,6 +110,8 @@ class InnerLoop(nn.Module):
     derivation.
     """
 
+    _model_at = "its `learner.module`"  # what fastkfo.nn tells who passes the loop instead
+
     def __init__(
         self,
         learner: nn.Module,
@@ -230,7 +232,7 @@ class InnerLoop(nn.Module):
 
         Args:
             batch: the tasks, checked.
-            steps: K.
+            steps: K, the number of steps.
             weights: of the query losses after every step, or None.
 
         Returns:

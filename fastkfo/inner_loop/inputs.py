@@ -69,7 +69,7 @@ def check_batch(batch: Batch) -> int:
         batch: the batch.
 
     Returns:
-        T.
+        T, the number of tasks.
 
     Raises:
         TypeError: something is no tensor.

@@ -36,13 +36,15 @@ class BatchedLearner(nn.Module):
 
     Attributes:
         module: the model; its parameters are `[T, ...]`.
-        tasks: T.
+        tasks: T, the number of tasks.
 
     Raises:
         TypeError: `tasks` is no int.
         ValueError: `tasks` is below 1, `buffers` is unknown, or the learner's step cannot be taken
             for several tasks at once.
     """
+
+    _model_at = "the `module` of a clone without `tasks`"  # fastkfo.nn says so to who passes this
 
     def __init__(self, rule: Rule, tasks: int, buffers: str = "shared") -> None:
         super().__init__()

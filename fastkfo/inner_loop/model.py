@@ -28,7 +28,7 @@ class TaskModel:
 
     Args:
         module: a clone of the user's; between calls its slots hold what they hold now.
-        tasks: T.
+        tasks: T, the number of tasks.
         buffers: "shared", "frozen" or "per_task", see TaskBuffers.
         each: whether to go task after task.
         own: for each parameter, whether every task has its own; None: if it requires a gradient.

@@ -60,7 +60,7 @@ def check_steps(rule: Rule, steps: int, all_of_them: bool) -> None:
 
     Args:
         rule: how the learner adapts.
-        steps: K.
+        steps: K, the number of steps.
         all_of_them: whether fewer steps than rates are an error: the last would not be learned.
 
     Raises:
@@ -110,7 +110,7 @@ def check_weights(weights: Any, steps: int, y_q: Any, batch: Batch) -> Tensor | 
 
     Args:
         weights: numbers, or a tensor that may be learned.
-        steps: K.
+        steps: K, the number of steps.
         y_q: the query targets, without which there is nothing to weigh.
         batch: tells the device.
 

@@ -36,7 +36,7 @@ def run_pieces(
         settings: see there.
         leaves: the arguments.
         batch: the tasks.
-        tasks: T.
+        tasks: T, the number of tasks.
         size: how many run together.
         habit: whether gradients may be computed with the losses.
         again: whether pieces keep nothing for the meta-gradient and run again instead.

@@ -94,7 +94,7 @@ class Recorder:
         Args:
             loop: the inner loop.
             batch: tasks of equal shapes.
-            steps: K.
+            steps: K, the number of steps.
             weights: of the query losses after every step, or None.
 
         Returns:

@@ -33,7 +33,7 @@ class Settings:
         loss: of a task's support.
         query_loss: of a task's query.
         features: a feature extractor that is not adapted, or None.
-        steps: K.
+        steps: K, the number of steps.
         memory: "full", "checkpoint" or "adjoint".
         buffers: "shared", "frozen" or "per_task".
         each: whether the model runs task after task.
@@ -104,7 +104,7 @@ class Run:
     Args:
         settings: see there.
         batch: the tasks; only their arrangement is kept.
-        tasks: T.
+        tasks: T, the number of tasks.
         weighted: whether the query loss is the weighted sum of those after every step.
     """
 

@@ -22,7 +22,7 @@ class Statistic:
     Args:
         original: the parent's tensor; only `fold` writes to it.
         copy: what the clone's module holds in its place, as it was when it was cloned.
-        tasks: T.
+        tasks: T, the number of tasks.
         batches: the original count of batches, where the average is cumulative.
     """
 

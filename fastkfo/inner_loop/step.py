@@ -84,7 +84,7 @@ class InnerStep:
 
     Args:
         rule: of the learner.
-        tasks: T.
+        tasks: T, the number of tasks.
     """
 
     def __init__(self, rule: Rule, tasks: int) -> None:

@@ -70,8 +70,8 @@ def for_blas(tasks: int, batch: int, n: int, m: int, factors: bool) -> bool:
     """Whether an item is left to the formula on a GPU, and so to cuBLAS.
 
     Args:
-        tasks: T.
-        batch: B.
+        tasks: T, the number of tasks.
+        batch: B, the size of the batch.
         n: rows of the gradient.
         m: columns of the gradient.
         factors: whether it has any.

@@ -19,7 +19,7 @@ class Tape:
     """Uninitialised memory that comes back when nobody holds this object any more.
 
     Args:
-        rows: T.
+        rows: T, the number of tasks.
         size: numbers per task.
         like: tells dtype and device.
 

@@ -337,7 +337,7 @@ class KroneckerNetwork(nn.Module):
 
     Attributes:
         layers: The H + 1 KroneckerLinear layers.
-        activation: f.
+        activation: The activation f.
 
     Raises:
         TypeError: If a size is no int, or `activation` no callable.

@@ -15,14 +15,21 @@ AISTATS 2021. Their code for it is not published; names, options and initialisat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastkfo.nn.surgery import check_linear, check_model, copy_of, find_linear, put
+from fastkfo.nn.product import collapse_layers, wanted
+from fastkfo.nn.surgery import (
+    check_model,
+    check_plain,
+    copy_of,
+    find_linear,
+    put,
+)
 
 __all__ = ["LinNet", "add_linear_layers", "collapse", "collapse_layers", "split_linear"]
 
@@ -98,8 +105,12 @@ def add_linear_layers(
     """Add linear layers before a model's output layer, which becomes a LinNet.
 
     The output layer W `[n, m]` stays, as the last of depth + 1: W W_depth … W_1, each W_i `[m, m]`.
-    The layers added have biases if W has one. What the model can express stays the same;
-    `collapse` takes the layers out again.
+    The layers added have biases if W has one. Their weights require gradients if W does, their
+    biases if its bias does; those of the output layer stay as they are. What the model can express
+    stays the same; `collapse` takes the layers out again.
+
+    Where a model's code reads the layer's `weight` itself, it finds a LinNet, which has none: so
+    does nn.TransformerEncoderLayer in eval mode with its `linear1` and `linear2`.
 
     Args:
         model: The model. It is copied, and left as it is.
@@ -112,16 +123,19 @@ def add_linear_layers(
         The copy. If the model is the layer itself, a LinNet.
 
     Raises:
-        TypeError: If an argument has the wrong type, or the layer is no plain `nn.Linear`.
-        ValueError: If there is no such layer, it shares its weights, depth is below 1, or `init` is
-            unknown.
+        TypeError: If an argument has the wrong type, the model is or contains one that adapts
+            others, or the layer is no plain `nn.Linear`.
+        ValueError: If there is no such layer, it shares its weights, depth is below 1, `init` is
+            unknown, or a lazy layer of the model has no parameters yet.
 
     Source: Arnold et al. 2021.
     """
     check_model(model)
     _check_count("depth", depth)
     _check_init(init)
-    if name is None:
+    if name is not None:
+        _check_name(name)
+    else:
         names = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not names:
             raise ValueError("model: expected at least one nn.Linear, got none")
@@ -143,7 +157,11 @@ def split_linear(
     """Replace one linear layer of a model by a product of several, a LinNet.
 
     W `[n, m]` becomes W_D … W_1 with W_1 `[width, m]`, W_D `[n, width]`. Every factor has a bias if
-    the layer has one. `collapse` multiplies them out again.
+    the layer has one. All weights require gradients if W does, all biases if its bias does.
+    `collapse` multiplies them out again.
+
+    Where a model's code reads the layer's `weight` itself, it finds a LinNet, which has none: so
+    does nn.TransformerEncoderLayer in eval mode with its `linear1` and `linear2`.
 
     Args:
         model: The model. It is copied, and left as it is.
@@ -159,15 +177,16 @@ def split_linear(
         The copy. If the model is the layer itself, a LinNet.
 
     Raises:
-        TypeError: If an argument has the wrong type, or the layer is no plain `nn.Linear`.
+        TypeError: If an argument has the wrong type, the model is or contains one that adapts
+            others, or the layer is no plain `nn.Linear`.
         ValueError: If there is no such layer, it shares its weights, depth or width is below 1,
-            `init` is unknown, or with "identity" the width is below both n and m.
+            `init` is unknown, a lazy layer of the model has no parameters yet, or with "identity"
+            the width is below both n and m.
 
     Source: Arnold et al. 2021.
     """
     check_model(model)
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    _check_name(name)
     _check_init(init)
     result = copy_of(model)
     layer = find_linear(result, name)
@@ -200,9 +219,11 @@ def collapse(model: nn.Module) -> nn.Module:
         LinNet itself.
 
     Raises:
-        TypeError: If the model is no module, or one that adapts others; or if in a LinNet something
-            is between the layers that is neither `nn.Linear` nor `nn.Identity`.
-        ValueError: If there is no LinNet, or sizes of layers do not fit.
+        TypeError: If the model is no module, or is or contains one that adapts others; if a LinNet
+            has hooks or, as a subclass, a `forward` of its own; or if something is between its
+            layers that is neither `nn.Linear` nor `nn.Identity`.
+        ValueError: If there is no LinNet, sizes of layers do not fit, parameters are those of
+            several tasks, are on the meta device, or a lazy layer has none yet.
 
     Source: Arnold et al. 2021.
     """
@@ -215,6 +236,8 @@ def collapse(model: nn.Module) -> nn.Module:
     }
     if not found:
         raise ValueError("model: expected at least one LinNet, got none")
+    for name, module in found.items():
+        check_plain(f"model: at {name!r}", module, nn.Sequential)
     made = {module: collapse_layers(module) for module in found.values()}
     if result in made:
         return made[result]
@@ -223,71 +246,6 @@ def collapse(model: nn.Module) -> nn.Module:
         if not any([name.startswith(f"{other}.") for other in found]):
             put(result, name, made[module])
     return result
-
-
-def collapse_layers(layers: nn.Module | Iterable[nn.Module]) -> nn.Linear:
-    """Multiply out adjacent linear layers: W = W_D … W_1, b = W_D (… (W_2 b_1 + b_2) …) + b_D.
-
-    Products are taken in float64 and rounded once.
-
-    Args:
-        layers: `nn.Linear` and `nn.Identity`, or sequences of these; from the input to the output.
-
-    Returns:
-        One layer with the dtype and device of the first; with a bias if any layer has one, and
-        requiring gradients if any does.
-
-    Raises:
-        TypeError: If something is no plain `nn.Linear`, `nn.Identity`, or sequence of these.
-        ValueError: If there is no linear layer, or a layer does not take what comes in.
-    """
-    found = [x for x in _flat(layers) if type(x) is not nn.Identity]
-    if not found:
-        raise ValueError("layers: expected at least one nn.Linear, got none")
-    for position, layer in enumerate(found):
-        check_linear(f"layers: at linear layer {position}", layer)
-        width = found[max(position - 1, 0)].out_features
-        if position > 0 and layer.in_features != width:
-            raise ValueError(
-                f"layers: expected linear layer {position} to take the {width} features that come "
-                f"in, got {layer}"
-            )
-    weight, bias = _product(found)
-    like: Tensor = found[0].weight
-    shape = {"in_features": found[0].in_features, "out_features": found[-1].out_features}
-    place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    # Without a draw: nobody's random numbers depend on whether layers were multiplied out.
-    result = nn.utils.skip_init(nn.Linear, **shape, bias=bias is not None, **place)
-    with torch.no_grad():
-        result.weight.copy_(weight)
-        if bias is not None:
-            result.bias.copy_(bias)
-    wanted = any(p.requires_grad for layer in found for p in layer.parameters())
-    return result.requires_grad_(wanted).train(found[0].training)
-
-
-@torch.no_grad()
-def _product(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    weight, bias = _exact(layers[0].weight), _exact(layers[0].bias)
-    for layer in layers[1:]:
-        w, b = _exact(layer.weight), _exact(layer.bias)
-        weight = w @ weight
-        bias = b if bias is None else w @ bias if b is None else w @ bias + b
-    return weight, bias
-
-
-def _exact(x: Any) -> Any:
-    """In float64 (or complex128); on the CPU, since not every device has that."""
-    return None if x is None else x.to("cpu", torch.promote_types(x.dtype, torch.float64))
-
-
-def _flat(layers: Any) -> Iterator[Any]:
-    """What a nest of sequences calls, in order."""
-    if isinstance(layers, nn.Sequential) or not isinstance(layers, nn.Module):
-        for layer in layers:
-            yield from _flat(layer) if isinstance(layer, nn.Sequential) else [layer]
-    else:
-        yield layers
 
 
 def _make_identity(layer: Any) -> None:
@@ -315,10 +273,16 @@ def _place(layer: nn.Linear) -> dict[str, Any]:
 
 
 def _like(made: LinNet, layer: nn.Linear) -> LinNet:
-    """In the mode of the layer it replaces, and frozen if that is."""
-    return made.requires_grad_(any(p.requires_grad for p in layer.parameters())).train(
-        layer.training
-    )
+    """In the mode of the layer it replaces; weights and biases frozen if its own are."""
+    for factor in made:
+        for name, p in factor.named_parameters():
+            p.requires_grad_(wanted([layer], name))
+    return made.train(layer.training)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
 
 
 def _check_count(name: str, value: Any) -> None:

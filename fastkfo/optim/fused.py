@@ -33,7 +33,7 @@ class TaskAxis:
     """A leading axis of tasks, `[T, ...]`, of parameters and gradients.
 
     Args:
-        size: T.
+        size: T, the number of tasks.
         own: whether the transforms' parameters have it too: each task its own.
     """
 

@@ -108,7 +108,7 @@ def inner_loop(
         x_q: query inputs `[T, Q, m]`, or None.
         y_q: query targets, or None.
         alpha: one learning rate per parameter.
-        steps: K.
+        steps: K, the number of steps.
         loss: of the support, a name in `LOSSES`.
         query_loss: of the query.
         psd: whether A = LᵀL and C = RᵀR.

@@ -138,7 +138,8 @@ def _load() -> tuple[torch.Tensor, torch.Tensor]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "DigitTasks needs scikit-learn, which carries the images: pip install 'fastkfo[demo]'",
+            "DigitTasks needs scikit-learn, which carries the images: "
+            "pip install --no-build-isolation '.[demo]'",
             name=error.name,
         ) from error
     data = load_digits()

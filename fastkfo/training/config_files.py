@@ -65,7 +65,8 @@ def _yaml(text: str, path: Path) -> Any:
         import yaml
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"config: {path} needs PyYAML: pip install 'fastkfo[train]', or write TOML",
+            f"config: {path} needs PyYAML: pip install --no-build-isolation '.[train]', "
+            "or write TOML",
             name=error.name,
         ) from None
 
@@ -91,7 +92,8 @@ def _toml(text: str, path: Path) -> Any:
             import tomli as tomllib
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"config: {path} needs tomli: pip install 'fastkfo[train]'", name=error.name
+                f"config: {path} needs tomli: pip install --no-build-isolation '.[train]'",
+                name=error.name,
             ) from None
     try:
         return tomllib.loads(text)

@@ -22,7 +22,8 @@ def _pillow() -> Any:
         import PIL.Image
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "reading images needs Pillow: pip install 'fastkfo[vision]'", name=error.name
+            "reading images needs Pillow: pip install --no-build-isolation '.[vision]'",
+            name=error.name,
         ) from error
     return PIL.Image
 

@@ -252,7 +252,7 @@ def check_sizes(tasks: int, groups: int, pixels: int, image: int, weights: int =
     """Refuse sizes that the kernels count in too few bits.
 
     Args:
-        tasks: T.
+        tasks: T, the number of tasks.
         groups: of a convolution; blocks of channels elsewhere.
         pixels: of all samples of a task.
         image: elements of one image of all channels.

@@ -24,7 +24,7 @@ class PerStepLR(nn.Module):
     Attributes:
         rates: `[K]` per parameter of the model, in its dtype; or, if shared, one `[K]`. Those of a
             parameter that required no gradient when they were made require none either.
-        steps: K.
+        steps: K, the number of steps.
         shared: as given.
 
     Raises:

@@ -103,8 +103,8 @@ class LinearBlock(nn.Module):
     """Linear layer, batch normalisation (always by the batch's statistics), ReLU.
 
     Args:
-        input_size: D.
-        output_size: P.
+        input_size: Length D of an input.
+        output_size: Length P of an output.
 
     Raises:
         TypeError: If a size is no int.
@@ -130,8 +130,8 @@ class ConvBlock(nn.Module):
     """Convolution with padding 1, batch normalisation, ReLU, and pooling or a stride.
 
     Args:
-        in_channels: C.
-        out_channels: P.
+        in_channels: Channels C of the input.
+        out_channels: Channels P of the output.
         kernel_size: Of the convolution.
         max_pool: Whether max-pooling makes the output smaller; else the convolution's stride does.
         max_pool_factor: f; windows and strides are int(2 f).
@@ -178,7 +178,7 @@ class ConvBase(nn.Sequential):
 
     Args:
         hidden: Channels of every output.
-        channels: C.
+        channels: Channels C of the images.
         max_pool: See `ConvBlock`.
         layers: Number of blocks.
         max_pool_factor: See `ConvBlock`.
@@ -221,7 +221,7 @@ class OmniglotFC(nn.Module):
     Attributes:
         features: `[B, ...]` to `[B, sizes[-1]]`.
         classifier: The linear head.
-        input_size: D.
+        input_size: Length D of an input.
 
     Raises:
         TypeError: If `sizes` is no sequence, or a size no int.
@@ -327,7 +327,7 @@ class CNN4Backbone(ConvBase):
     Args:
         hidden_size: Channels of the hidden layers.
         layers: Number of blocks.
-        channels: C.
+        channels: Channels C of the images.
         max_pool: See `ConvBlock`.
         max_pool_factor: See `ConvBlock`; None for 4 // layers.
 
@@ -370,7 +370,7 @@ class CNN4(nn.Module):
         output_size: Number of outputs O.
         hidden_size: Channels of the hidden layers.
         layers: Number of blocks, 1 to 4.
-        channels: C.
+        channels: Channels C of the images.
         max_pool: See `ConvBlock`.
         embedding_size: P, the features of one image; None for 25 · hidden_size, which fits
             84 × 84 images, `max_pool` and 4 or 2 layers.

@@ -34,7 +34,7 @@ class DropBlock(nn.Module):
     dropped, besides its middle.
 
     Args:
-        block_size: b.
+        block_size: Width b of a square.
 
     Raises:
         TypeError: If `block_size` is no int.
@@ -93,8 +93,8 @@ class BasicBlock(nn.Module):
     """Three 3 × 3 convolutions with batch normalisation, a shortcut, max-pooling, and dropping.
 
     Args:
-        inplanes: C.
-        planes: P.
+        inplanes: Channels C of the input.
+        planes: Channels P of the output.
         stride: Window and stride s of the max-pooling.
         downsample: The shortcut, `[B, C, H, W]` to `[B, P, H, W]`; None for the identity.
         drop_rate: Rate p of the dropping.
@@ -175,7 +175,7 @@ class ResNet12Backbone(nn.Module):
         dropblock_dropout: Rate of the dropping within the blocks: activations in the first two,
             squares in the last two, see `BasicBlock`.
         dropblock_size: Width of a square.
-        channels: C.
+        channels: Channels C of the images.
 
     Attributes:
         inplanes: Channels of the last map.
@@ -273,7 +273,7 @@ class ResNet12(nn.Module):
         embedding_dropout: Rate of the dropout of the features.
         dropblock_dropout: Rate of the dropping within the blocks.
         dropblock_size: Width of a square.
-        channels: C.
+        channels: Channels C of the images.
 
     Attributes:
         features: A `ResNet12Backbone`.

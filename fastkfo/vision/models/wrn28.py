@@ -25,8 +25,8 @@ class wide_basic(nn.Module):
     """Two 3 × 3 convolutions, each after batch normalisation and ReLU, and a shortcut.
 
     Args:
-        in_planes: C.
-        planes: P.
+        in_planes: Channels C of the input.
+        planes: Channels P of the output.
         dropout_rate: Rate of the dropout between the convolutions.
         stride: Stride s of the second convolution and of the shortcut.
 
