@@ -331,7 +331,7 @@ class GBML(InnerOptions, nn.Module):
                 phi.put(old)
                 raise
         slots.put(found)
-        self._inner_state = state
+        vars(self)["_inner_state"] = state  # no module, no tensor: torch need not look
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:

@@ -30,6 +30,9 @@ class InnerOptions:
 
     def __getattr__(self, attr: str) -> Any:
         """The attribute; of an option that was not given, the model's or else None."""
+        modules = self.__dict__.get("_modules")
+        if modules is not None and attr in modules:  # `module`, at every step: the short way
+            return modules[attr]
         try:
             return super().__getattr__(attr)  # type: ignore[misc]
         except AttributeError:

@@ -132,7 +132,7 @@ class MAML(InnerOptions, BaseLearner):
         update = self._inner_update()
         new, state = update.step(None, slots.params, grads, lr, self._inner_state)
         slots.put(new)
-        self._inner_state = state
+        vars(self)["_inner_state"] = state  # no module, no tensor: torch need not look
 
     def clone(
         self,
