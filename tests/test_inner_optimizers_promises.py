@@ -140,6 +140,28 @@ def test_a_detached_clone_leaves_the_learners_rates(kind, rate, keep):
     assert all(p.grad is not None for p in ours.parameters())
 
 
+@pytest.mark.parametrize("adapt_transform", [False, True])
+def test_a_detached_batched_clone_leads_back_to_nothing(adapt_transform):
+    """Neither by its parameters nor by the state, the rates or the transform."""
+    model, data = build("mlp").double(), batch("mlp", 3)
+    update = fastkfo.optim.KroneckerTransform(fastkfo.nn.KroneckerLinear)
+    lr = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    ours = GBML(
+        model, update, lr, adapt_transform=adapt_transform, inner_optimizer=Adam(eps=1e-3)
+    ).double()
+    losses = fastkfo.per_task(F.cross_entropy)
+    clone = ours.clone(tasks=3)
+    for _ in range(2):
+        clone.adapt(losses(clone(data[0]), data[1]))
+    fastkfo.utils.detach_module(clone, keep_requires_grad=True)
+    for _ in range(2):
+        clone.adapt(losses(clone(data[0]), data[1]), allow_unused=True)
+    loss = losses(clone(data[2]), data[3]).sum()
+    found = torch.autograd.grad(loss, list(ours.parameters()), allow_unused=True)
+    assert all(g is None for g in found)
+    assert all(p.requires_grad for p in ours.parameters())
+
+
 def test_a_learner_that_is_detached_is_frozen_itself():
     ours = MAML(build("mlp"), nn.Parameter(torch.ones(())))
     fastkfo.utils.detach_module(ours)

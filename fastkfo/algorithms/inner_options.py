@@ -93,11 +93,12 @@ class InnerOptions:
         lr.check_count(count)
         return lr.at(self._inner_state.step)
 
-    def _take_rates(self) -> None:
-        """Go on with copies of the rates that are another learner's; a graph leads to these."""
+    def _let_go(self, keep_requires_grad: bool) -> None:
+        """Before the parameters are detached: the state too, and a clone gets rates of its own."""
+        lr, own = self.lr, vars(self)
+        own["_inner_state"] = self._inner_state.detached()
         if not self._shares_rates:
             return
-        lr, own = self.lr, vars(self)
         with torch.enable_grad():
             if isinstance(lr, PerStepLR):
                 self._modules["lr"] = clone_module(lr)

@@ -67,6 +67,7 @@ class BatchedLearner(nn.Module):
         self._phi = [] if self._step.slots is None else list(self._step.slots.params)
         if rule.adapt_transform:
             self._phi = spread(self._phi, tasks)
+        self._rates = rule.rates
         self._last: Last | None = None
         self._state = rule.state.like(spread(rule.state.flat(), tasks))
 
@@ -110,6 +111,15 @@ class BatchedLearner(nn.Module):
         """Go on from other parameters, `[T, ...]`, as after a step."""
         self._model.slots.put(theta)
 
+    def _let_go(self, keep_requires_grad: bool) -> None:
+        """Before the parameters are detached: φ, the rates and the optimizer's state, too."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x.detach().requires_grad_(keep_requires_grad and x.requires_grad)
+
+        self._phi, self._rates = [cut(x) for x in self._phi], [cut(x) for x in self._rates]
+        self._state, self._last = self._state.detached(), None
+
     def _theta(self) -> list[Tensor]:
         params = self._model.slots.params
         return [p if s is None else s for p, s in zip(params, self._shared, strict=True)]
@@ -147,8 +157,8 @@ class BatchedLearner(nn.Module):
         )
         phi = self._phi
         if rule.adapt_transform and self._last is not None:
-            phi = self._step.phi(phi, rule.rates, self._last, g, allow_unused)
-        new, self._state = self._step.theta(slots.params, phi, rule.rates, g, state)
+            phi = self._step.phi(phi, self._rates, self._last, g, allow_unused)
+        new, self._state = self._step.theta(slots.params, phi, self._rates, g, state)
         self._phi = phi
         self._last = Last(g, state) if rule.adapt_transform else None
         slots.put(new)

@@ -221,10 +221,10 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     """
     if not isinstance(module, nn.Module):
         return
-    for clone in list(module.modules()):
-        take_rates = getattr(type(clone), "_take_rates", None)
-        if take_rates is not None:
-            take_rates(clone)
+    for part in list(module.modules()):
+        let_go = getattr(type(part), "_let_go", None)  # of a learner: what it carries beside these
+        if let_go is not None:
+            let_go(part, keep_requires_grad)
     replacements: dict[int, Tensor] = {}
     keep_alive = []  # so that no id in `replacements` is given to another tensor
     params, buffers = _owned_tensors(module)
@@ -243,7 +243,3 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
             detached.requires_grad_()
     if replacements:
         replace_parameters(module, replacements)
-    for learner in module.modules():
-        state = learner.__dict__.get("_inner_state")
-        if state is not None:
-            learner.__dict__["_inner_state"] = state.detached()
