@@ -52,6 +52,7 @@ template <class S, Multiply HOW>
 class Unit {
  public:
   using Product = Products<S, HOW>;
+
   __device__ Unit(const Work<S>& item, int64_t index, S* arrays, int64_t size, Job<S>& job, S* room)
       : it(item),
         t_(index / item.chunks),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
-# Beyond this a product fills a GPU by itself. A block takes one unit (csrc/cuda/kron.cuh), a task's
-# 64 columns or so: of more than HEAVY multiplications, there must be enough for all blocks.
+# Beyond LARGE a product fills a GPU by itself. A block takes one unit, a chunk of a task's batch
+# (`chunk_of` in csrc/cuda/kron.cuh): of more than HEAVY multiplications, there must be MANY.
 LARGE, HEAVY, MANY = 256, 1 << 20, 128
 
 
@@ -81,9 +81,9 @@ def for_blas(tasks: int, batch: int, n: int, m: int, factors: bool) -> bool:
     """
     if not factors or max(n, m) > LARGE:
         return True
-    columns = batch * m
-    units = tasks * -(-columns // 64)
-    return n * min(columns, max(64, m)) * (n + m) > HEAVY and units < MANY
+    chunk = max(1, 64 // max(1, m), -(-batch // 8))
+    units = tasks * -(-batch // chunk)
+    return n * m * min(batch, chunk) * (n + m) > HEAVY and units < MANY
 
 
 def gram_for_blas(count: int, rows: int, n: int) -> bool:
