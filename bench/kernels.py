@@ -12,23 +12,21 @@ The record is `results/<machine>/kernels.json`, on disk after every row.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import ceilings, clock, floors, gate, machine, measure, memory, replay
+from bench import alone, ceilings, clock, floors, gate, machine, measure, memory, replay
 from bench import kernel_cases as of
 from bench import kernel_layers as layers
 from bench.kernel_cases import Case
 from bench.layers import SHAPES
-from bench.records import RESULTS, Record
+from bench.records import Record
 from bench.row import failure
 from bench.table import number
 from fastkfo.kernels.selector import ImplementationUnavailable
@@ -267,19 +265,9 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = alone.options(__doc__, "kernels")
     parser.add_argument("--op", nargs="*", choices=OPS, default=OPS)
-    parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun after this")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="kernels", help="of the record")
-    given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a machine with CUDA, got one where torch sees none")
-    record = Record(given.results / machine.name(given.device) / f"{given.name}.json")
-    until = time.monotonic() + 60 * given.minutes
+    given, record, until = alone.begun(parser, arguments)
     run(given.op, given.device, record, until, lambda text: print(text, flush=True))
     print(f"record: {record.path}")
 

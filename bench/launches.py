@@ -10,21 +10,19 @@ The record is `results/<machine>/launches.json`, on disk after every row.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import dispatches, gate, machine, measure, memory, replay
+from bench import alone, dispatches, gate, machine, measure, memory, replay
 from bench.peers.base import InProcess
 from bench.peers.inner_loop_peer import InnerLoop
 from bench.problem import Problem
-from bench.records import RESULTS, Record
+from bench.records import Record
 from bench.row import failure
 from bench.table import number
 
@@ -147,25 +145,15 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = alone.options(__doc__, "launches")
     parser.add_argument("--workload", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--method", default="kfo")
     parser.add_argument("--tasks", type=int, help="instead of the workload's")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun after this")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="launches", help="of the record")
-    given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a machine with CUDA, got one where torch sees none")
+    given, record, until = alone.begun(parser, arguments)
     problems = [
         Problem.named(name, given.method, tasks=given.tasks or WORKLOADS[name], device=given.device)
         for name in given.workload
     ]
-    record = Record(given.results / machine.name(given.device) / f"{given.name}.json")
-    until = time.monotonic() + 60 * given.minutes
     run(problems, record, until, lambda text: print(text, flush=True))
     print(f"record: {record.path}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from fastkfo.cli.demo_plot import write_plot
 from fastkfo.cli.demo_report import record, table, write_json
 from fastkfo.cli.demo_training import TaskSets, measure, test, train
 from fastkfo.cli.interrupts import Interrupts
+from fastkfo.cli.out_folder import check_writable
 
 __all__ = ["demo"]
 
@@ -69,7 +69,7 @@ def demo(
         tasks = TaskSets(settings)
     except ValueError as error:  # too few classes or images
         raise typer.BadParameter(str(error)) from None
-    _check_writable(out)
+    check_writable(out, ("demo.png", "demo.json"))
     console = Console(highlight=False)
     runs = build_runs(settings)
     with Interrupts() as interrupts, _threads(threads):
@@ -132,20 +132,3 @@ class _Display(Barred):
         else:
             seconds = time.perf_counter() - self._start
             self._console.print(f"  {seconds:4.0f} s  {text}", soft_wrap=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Creates the folder and a file in it, so that a failure comes before the training."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-        for name in ("demo.png", "demo.json"):
-            if (out / name).exists():
-                with (out / name).open("ab"):
-                    pass
-    except OSError as error:
-        raise typer.BadParameter(
-            f"expected a folder that can be written to, got {str(out)!r}: {error.strerror}",
-            param_hint="--out",
-        ) from None

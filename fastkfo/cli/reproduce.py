@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from fastkfo.cli.bar import Barred
 from fastkfo.cli.demo_report import write_json
 from fastkfo.cli.errors import ending_with
 from fastkfo.cli.interrupts import Interrupts
+from fastkfo.cli.out_folder import check_writable
 from fastkfo.cli.reproduce_jobs import cores, run
 from fastkfo.cli.reproduce_plot import write_figures
 from fastkfo.cli.reproduce_problems import PROBLEMS, QUICK_ITERATIONS, quick
@@ -59,7 +59,7 @@ def reproduce(
         Exit: With 1 if scikit-learn is missing; 130 after Ctrl-C, 143 after SIGTERM. Nothing is
             written then.
     """
-    _check_writable(out)
+    check_writable(out, FILES)
     _check_free(out, overwrite)
     with ending_with(1, ModuleNotFoundError):
         DigitTasks()
@@ -113,23 +113,6 @@ class _Display(Barred):
             self._shown = int(20 * share)
             seconds = time.perf_counter() - self._start
             self._console.print(f"  {seconds:4.0f} s  {100 * share:3.0f} %  {text}", soft_wrap=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Creates the folder and a file in it, so that a failure comes before the training."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-        for name in FILES:
-            if (out / name).exists():
-                with (out / name).open("ab"):
-                    pass
-    except OSError as error:
-        raise typer.BadParameter(
-            f"expected a folder that can be written to, got {str(out)!r}: {error.strerror}",
-            param_hint="--out",
-        ) from None
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -195,29 +195,8 @@ class KronBackward(Function):
         return (None, None, None, None, None, *_scattered(plan, results))
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        dims: Any,
-        alpha: Any,
-        present: int,
-        how: str,
-        wanted: Any,
-        *tensors: Any,
-    ) -> Any:
-        return _vmap_derivative(
-            KronBackward,
-            X_BITS,
-            BACKWARD_BITS,
-            info,
-            in_dims,
-            dims,
-            alpha,
-            present,
-            how,
-            wanted,
-            tensors,
-        )
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_derivative(KronBackward, X_BITS, BACKWARD_BITS, info, in_dims, *args)
 
 
 @with_eager_form
@@ -252,29 +231,8 @@ class KronDoubleBackward(Function):
         return (None, None, None, None, None, *gradients)
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: Any,
-        dims: Any,
-        alpha: Any,
-        present: int,
-        how: str,
-        wanted: Any,
-        *tensors: Any,
-    ) -> Any:
-        return _vmap_derivative(
-            KronDoubleBackward,
-            DOUBLE_OUT,
-            DOUBLE_BITS,
-            info,
-            in_dims,
-            dims,
-            alpha,
-            present,
-            how,
-            wanted,
-            tensors,
-        )
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_derivative(KronDoubleBackward, DOUBLE_OUT, DOUBLE_BITS, info, in_dims, *args)
 
 
 def _reference(
@@ -319,7 +277,7 @@ def _vmap_derivative(
     present: int,
     how: str,
     wanted: Any,
-    tensors: Sequence[Any],
+    *tensors: Any,
 ) -> Any:
     """A derivative under vmap: every operand gets its own row per mapped entry and task."""
     count = len(alpha)
