@@ -16,6 +16,6 @@ g++ -shared -fopenmp -fsanitize=address,undefined "$out"/*.o "-L$torch/lib" -lto
     -lc10 "-Wl,-rpath,$torch/lib" -o "$out/_C.so"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTKFO_LIBRARY="$out/_C.so"
-exec python -m pytest -p no:cacheprovider tests/test_inner_loop_fused.py \
+exec python -m pytest -p no:cacheprovider tests/test_inner_loop_fused.py tests/test_inner_loop_fused_inputs.py \
     tests/test_inner_loop_backend.py tests/test_kron.py tests/test_kron_raw.py tests/test_gram.py \
     tests/test_cross_entropy.py tests/test_layers.py tests/test_layers_inputs.py "$@"
