@@ -200,8 +200,9 @@ def test_the_switch_is_read_in_a_compiled_function():
         ((1, 1, 64, 64, True), False),
         ((1, 1, 256, 256, True), True),  # one block of 132
         ((256, 1, 256, 256, True), False),
-        ((8, 256, 256, 9, True), True),  # an eighth of the batch each: 64 units
-        ((32, 256, 256, 9, True), False),
+        ((1, 2048, 64, 9, True), False),  # 32 tasks of one factor
+        ((8, 256, 256, 9, True), True),  # 28 of a batch each: 80 units
+        ((16, 256, 256, 9, True), False),
         ((32, 64, 64, 9, True), False),
         ((1, 1, 257, 2, True), True),
         ((1, 1, 8, 4608, True), True),

@@ -18,13 +18,13 @@ View<S> view(const Operand<S, RANK>& x) {
     return {x.data, s[0], 0, s[1], s[2]};
 }
 
-// A unit has about 64 columns [n, b m], so that there are many, or an eighth of the batch, so that
-// there are not too many parts of gradients; and no more than 2^20 numbers.
+// A unit has about 64 columns [n, b m], so that there are many units; or more, so that its parts of
+// the factors' gradients are no larger than its elements. At most 2^20 numbers.
 template <class S>
 int64_t chunk_of(const Item<S>& it) {
-  const int64_t numbers = std::max<int64_t>(1, it.n * it.m);
-  const int64_t chunk = std::max(64 / std::max<int64_t>(1, it.m), (it.batch + 7) / 8);
-  return std::max<int64_t>(1, std::min(chunk, (int64_t(1) << 20) / numbers));
+  const int64_t n = std::max<int64_t>(1, it.n), m = std::max<int64_t>(1, it.m);
+  const int64_t chunk = std::max({int64_t(1), 64 / m, n / m, m / n});
+  return std::max<int64_t>(1, std::min(chunk, (int64_t(1) << 20) / (n * m)));
 }
 
 template <class S>

@@ -81,7 +81,7 @@ def for_blas(tasks: int, batch: int, n: int, m: int, factors: bool) -> bool:
     """
     if not factors or max(n, m) > LARGE:
         return True
-    chunk = max(1, 64 // max(1, m), -(-batch // 8))
+    chunk = max(1, 64 // max(1, m), n // max(1, m), m // max(1, n))
     units = tasks * -(-batch // chunk)
     return n * m * min(batch, chunk) * (n + m) > HEAVY and units < MANY
 
